@@ -1,0 +1,1 @@
+"""Array in, array out: the operations of a Gemma forward pass."""

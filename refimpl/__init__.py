@@ -1,0 +1,1 @@
+"""Reference implementation of Google's Gemma language models in pure Python on JAX."""

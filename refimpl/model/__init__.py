@@ -1,0 +1,1 @@
+"""The models: configuration, numerics, layers, checkpoints, tokenizer."""

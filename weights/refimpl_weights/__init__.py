@@ -1,0 +1,1 @@
+"""Files in, named arrays out: every checkpoint format this project reads."""
