@@ -1,0 +1,22 @@
+"""The tanh form of GELU, in the two orders of rounding that the references use."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+def gelu(
+    x: Float[Array, "*a"], *, rounding: Literal["float32", "activation"] = "float32"
+) -> Float[Array, "*a"]:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in the type of x.
+
+    Every Gemma uses the tanh form, also where a Gemma 1 configuration says "gelu".
+
+    Args:
+        rounding: "float32" rounds once at the end (PyTorch); "activation" rounds each step (JAX).
+    """
+    dtype = jnp.dtype(jnp.float32) if rounding == "float32" else x.dtype
+    return jax.nn.gelu(x.astype(dtype), approximate=True).astype(x.dtype)

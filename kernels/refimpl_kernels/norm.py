@@ -1,0 +1,44 @@
+"""RMSNorm in the two orders of rounding that the Gemma references use."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+NormRounding = Literal["float32", "activation"]
+
+
+def rms_norm(
+    x: Float[Array, "*b d"],
+    scale: Float[Array, " d"] | None,
+    *,
+    epsilon: float,
+    offset: float,
+    rounding: NormRounding = "float32",
+) -> Float[Array, "*b d"]:
+    """x * rsqrt(mean(x^2) + epsilon) * (offset + scale) over the last axis, in the type of x.
+
+    Args:
+        x: any float type; the result has the same.
+        scale: as stored in the checkpoint, or None for a norm without weights.
+        epsilon: added to the mean square.
+        offset: 1.0 where the checkpoint stores the scale less one, else 0.0.
+        rounding: "float32" computes everything in float32 and rounds once at the end, as Hugging
+            Face does; "activation" rounds each step to the type of x, as DeepMind's gemma does.
+            In float32 the two are the same function.
+    """
+    if rounding == "float32":
+        computed = _normalise(x.astype(jnp.float32), scale, epsilon, offset)
+        return computed.astype(x.dtype)
+    return _normalise(x, scale, epsilon, offset)
+
+
+def _normalise(x: Array, scale: Array | None, epsilon: float, offset: float) -> Array:
+    # The sum itself always runs in float32: jnp.mean and torch.mean both widen a narrow type.
+    mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+    normalised = x * jax.lax.rsqrt(mean + jnp.asarray(epsilon, x.dtype))
+    if scale is None:
+        return normalised
+    return normalised * (jnp.asarray(offset, x.dtype) + scale.astype(x.dtype))
