@@ -1,0 +1,218 @@
+"""Tiny random Gemma checkpoints in Hugging Face's format, one for each architecture we carry.
+
+Owns the random numbers and the folder that they are written to. The files are what a hub download
+would be, spelling and tensor names included, so whatever reads one of them reads the real one;
+tests and notebooks start here because real weights are large and gated.
+
+The numbers are the same on every machine and with every numpy: they are raw bits of PCG64, the one
+thing numpy promises never to change, scaled by correctly rounded arithmetic. Scales are chosen so
+that a mistake shows: norm weights are far from zero, attention is far from uniform, Gemma 2's
+scores and logits run into their caps, and the tied head does not merely repeat its input.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from refimpl_weights import synthetic_tokenizer as tokenizer
+from refimpl_weights.synthetic_configs import TINY
+
+__all__ = ["TINY", "fingerprint", "tensors", "write_checkpoint"]
+
+DataType = Literal["float32", "bfloat16"]
+Prefix = Literal["model.", "language_model.model.", "model.language_model."]
+
+
+class _Drawn(NamedTuple):
+    """A tensor to be drawn: uniform in [centre - spread, centre + spread)."""
+
+    name: str
+    shape: tuple[int, ...]
+    centre: float
+    spread: float
+
+
+def write_checkpoint(
+    folder: str | Path,
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: DataType = "float32",
+    prefix: Prefix | None = None,
+    shards: int = 1,
+) -> Path:
+    """Writes config, weights, generation config and tokenizer as one model folder of the hub.
+
+    Args:
+        folder: made if it is not there.
+        name: a key of `TINY`.
+        seed: of the random weights; the same seed gives the same numbers everywhere.
+        dtype: of every tensor in the file; bfloat16 is the float32 number rounded to nearest even.
+        prefix: of the decoder's tensors. None is the released spelling: "language_model.model."
+            for a multimodal model, "model." for all others.
+        shards: number of safetensors files. With more than one, neighbouring tensors lie in
+            different files and an index says where, so a reader that trusts file order fails.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: an unknown name or dtype, or fewer than one shard.
+    """
+    if shards < 1:
+        raise ValueError(f"shards must be 1 or more, got {shards}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = tensors(name, seed=seed, dtype=dtype, prefix=prefix)
+    config = {**TINY[name], ("dtype" if "layer_types" in TINY[name] else "torch_dtype"): dtype}
+    generation = {
+        "bos_token_id": tokenizer.BOS,
+        "eos_token_id": [tokenizer.EOS, tokenizer.END_OF_TURN],
+        "pad_token_id": tokenizer.PAD,
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "tokenizer.json", tokenizer.tokenizer_json())
+    if shards == 1:
+        save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        _write_shards(folder, arrays, shards)
+    return folder
+
+
+def tensors(
+    name: str, *, seed: int = 0, dtype: DataType = "float32", prefix: Prefix | None = None
+) -> dict[str, np.ndarray]:
+    """Every tensor of the checkpoint by its name in the file; linear weights are (out, in)."""
+    if name not in TINY:
+        raise ValueError(f"no synthetic model is called {name!r}; use one of {', '.join(TINY)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    config = TINY[name]
+    multimodal = "text_config" in config
+    if prefix is None:
+        prefix = "language_model.model." if multimodal else "model."
+    plan = [
+        drawn._replace(name=prefix + drawn.name)
+        for drawn in _decoder(config["text_config"] if multimodal else config)
+    ]
+    if multimodal:
+        root = "model." if prefix == "model.language_model." else ""
+        plan += [drawn._replace(name=root + drawn.name) for drawn in _vision(config)]
+    generator = np.random.PCG64(seed)
+    arrays = {drawn.name: _draw(generator, drawn) for drawn in plan}
+    if dtype == "bfloat16":
+        return {key: array.astype(ml_dtypes.bfloat16) for key, array in arrays.items()}
+    return arrays
+
+
+def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of name.
+
+    Unlike the hash of a file it does not depend on how a version of safetensors lays out headers.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _decoder(config: Mapping[str, Any]) -> Iterator[_Drawn]:
+    """The text model's tensors without prefix, in the order in which they are drawn."""
+    d, f = config["hidden_size"], config["intermediate_size"]
+    n, k, h = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    family = config["model_type"]
+    qk_norm = family == "gemma3_text"
+    post_norms = family in ("gemma2", "gemma3_text")
+    # Without a norm on q and k their size sets the size of the scores: 3.5 lifts Gemma 2's over 50.
+    qk_gain = 3.5 if family == "gemma2" else 1.5
+    yield _matrix("embed_tokens.weight", config["vocab_size"], d)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"layers.{layer}."
+        yield _norm(at + "input_layernorm.weight", d)
+        yield _matrix(at + "self_attn.q_proj.weight", n * h, d, gain=qk_gain)
+        yield _matrix(at + "self_attn.k_proj.weight", k * h, d, gain=qk_gain)
+        yield _matrix(at + "self_attn.v_proj.weight", k * h, d)
+        yield _matrix(at + "self_attn.o_proj.weight", d, n * h, gain=1.5)
+        if qk_norm:
+            yield _norm(at + "self_attn.q_norm.weight", h, centre=0.8)
+            yield _norm(at + "self_attn.k_norm.weight", h, centre=0.8)
+        if family != "vaultgemma":
+            yield _norm(at + "post_attention_layernorm.weight", d)
+        if post_norms or family == "vaultgemma":
+            yield _norm(at + "pre_feedforward_layernorm.weight", d)
+        yield _matrix(at + "mlp.gate_proj.weight", f, d, gain=1.5)
+        yield _matrix(at + "mlp.up_proj.weight", f, d)
+        yield _matrix(at + "mlp.down_proj.weight", d, f, gain=1.5)
+        if post_norms:
+            yield _norm(at + "post_feedforward_layernorm.weight", d)
+    # Both signs and large: the head is the embedding again, and with a plain final norm the
+    # likeliest next token would be the last one over and over.
+    yield _norm("norm.weight", d, spread=16.0 if family == "gemma2" else 8.0)
+
+
+def _vision(config: Mapping[str, Any]) -> Iterator[_Drawn]:
+    """A one-layer SigLIP tower and the projector: tensors that a text model must pass over."""
+    vision = config["vision_config"]
+    d, f, patch = (vision[key] for key in ("hidden_size", "intermediate_size", "patch_size"))
+    tower = "vision_tower.vision_model."
+    layer = tower + "encoder.layers.0."
+    yield _Drawn(tower + "embeddings.patch_embedding.weight", (d, 3, patch, patch), 0.0, 0.1)
+    yield _norm(tower + "embeddings.patch_embedding.bias", d)
+    yield _matrix(tower + "embeddings.position_embedding.weight", 4, d)
+    for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+        yield _matrix(f"{layer}self_attn.{name}.weight", d, d)
+        yield _norm(f"{layer}self_attn.{name}.bias", d)
+    for name, outputs, inputs in (("fc1", f, d), ("fc2", d, f)):
+        yield _matrix(f"{layer}mlp.{name}.weight", outputs, inputs)
+        yield _norm(f"{layer}mlp.{name}.bias", outputs)
+    for name in (layer + "layer_norm1", layer + "layer_norm2", tower + "post_layernorm"):
+        yield _norm(name + ".weight", d, centre=1.0)
+        yield _norm(name + ".bias", d)
+    width = config["text_config"]["hidden_size"]
+    yield _matrix("multi_modal_projector.mm_input_projection_weight", d, width)
+    yield _norm("multi_modal_projector.mm_soft_emb_norm.weight", d)
+
+
+def _matrix(name: str, outputs: int, inputs: int, *, gain: float = 1.0) -> _Drawn:
+    """Entries of standard deviation `gain / sqrt(inputs)`: outputs `gain` times as large as inputs.
+
+    A uniform variable's bound is sqrt(3) standard deviations.
+    """
+    return _Drawn(name, (outputs, inputs), 0.0, gain * math.sqrt(3.0 / inputs))
+
+
+def _norm(name: str, width: int, *, centre: float = 0.0, spread: float = 0.5) -> _Drawn:
+    return _Drawn(name, (width,), centre, spread)
+
+
+def _draw(generator: np.random.PCG64, drawn: _Drawn) -> np.ndarray:
+    raw = generator.random_raw(math.prod(drawn.shape))
+    # 53 bits are what a float64 holds exactly, so the only roundings are the two that IEEE 754
+    # defines: of the product and sum in float64, and of the result to float32.
+    unit = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0
+    return (drawn.centre + drawn.spread * unit).astype(np.float32).reshape(drawn.shape)
+
+
+def _write_shards(folder: Path, arrays: Mapping[str, np.ndarray], shards: int) -> None:
+    files = [f"model-{shard + 1:05}-of-{shards:05}.safetensors" for shard in range(shards)]
+    placed = {name: files[index % shards] for index, name in enumerate(arrays)}
+    for file in files:
+        part = {name: arrays[name] for name in arrays if placed[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    total = sum(array.nbytes for array in arrays.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
