@@ -1,14 +1,14 @@
 """Every error that this project raises on purpose.
 
-    RefimplError                 base: catch this to catch all of them
-    ├── ConfigError              a model configuration that contradicts itself or that we cannot carry
-    ├── CheckpointError          a checkpoint that cannot become a model; lists every fault at once
-    ├── UnknownModelError        a model name that nothing in the registry, no folder, no file answers to
-    ├── TokenizerError           text or ids that the vocabulary cannot take
-    ├── TraceError               traces that cannot be saved, read or compared
-    └── InvalidRequestError      what the caller asked for cannot be done; `parameter` names the culprit
+    RefimplError             base: catch this to catch all of them
+    ├── ConfigError          a model configuration that contradicts itself or that we cannot carry
+    ├── CheckpointError      a checkpoint that cannot become a model; lists every fault at once
+    ├── UnknownModelError    a name that no registry entry, no folder and no file answers to
+    ├── TokenizerError       text or ids that the vocabulary cannot take
+    ├── TraceError           traces that cannot be saved, read or compared
+    └── InvalidRequestError  what the caller asked for cannot be done; `parameter` says which part
 
-Messages say what was got, what was expected and what to do. `assert` is only for our own invariants.
+Messages say what was got, what was expected and what to do. `assert` is only for our invariants.
 """
 
 

@@ -1,0 +1,157 @@
+"""What attention reads besides its own queries: a cache of earlier positions, or nothing.
+
+Local layers keep a ring, global layers the full length. Position p lies at index p % length of its
+layer's arrays, and an array of positions says what each index holds (-1: nothing), so a mask never
+has to guess. A ring of window + chunk places is enough for a local layer: a chunk is written first
+and attended after, and its first query still finds the whole window before it.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from refimpl.errors import InvalidRequestError
+from refimpl.model.config import AttentionKind, GemmaConfig
+
+# Positions in one block of the blocked attention; every length is a multiple of it.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class FullPass:
+    """No memory: a call attends to its own positions and to nothing else."""
+
+    positions: Int[Array, "b t"]
+
+    def extend(
+        self, layer: int, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]
+    ) -> tuple[Float[Array, "b t k h"], Float[Array, "b t k h"], "FullPass"]:
+        """A layer's own keys and values, which are all that it may attend to."""
+        return key, value, self
+
+    def key_positions(self, kind: AttentionKind) -> Int[Array, "b t"]:
+        """The positions of what `extend` gives to layers of this kind."""
+        return self.positions
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """The state of a decode: passed in, returned, and donated by the programs that carry it.
+
+    K and V are separate arrays for each layer: one stacked array would be copied whole wherever a
+    layer writes its part.
+
+    Attributes:
+        keys: for each layer, "b s k h"; s is the length of the layer's kind.
+        values: as keys.
+        positions: for each kind of layer, which position each index holds, or -1.
+        latest: the positions of the call under way, "b t".
+        kinds: the kind of each layer.
+        chunk: most positions that one call may write.
+        length: positions that a row can hold in all.
+        block: every array's s is a multiple of it.
+    """
+
+    keys: tuple[Float[Array, "b s k h"], ...]
+    values: tuple[Float[Array, "b s k h"], ...]
+    positions: dict[AttentionKind, Int[Array, "b s"]]
+    latest: Int[Array, "b t"]
+    kinds: tuple[AttentionKind, ...] = field(metadata={"static": True})
+    chunk: int = field(metadata={"static": True})
+    length: int = field(metadata={"static": True})
+    block: int = field(metadata={"static": True}, default=BLOCK)
+
+    @classmethod
+    def create(
+        cls,
+        config: GemmaConfig,
+        *,
+        batch: int,
+        length: int,
+        chunk: int,
+        dtype: DTypeLike = jnp.float32,
+        block: int = BLOCK,
+        ring: bool = True,
+    ) -> "KVCache":
+        """An empty cache.
+
+        Args:
+            batch: rows.
+            length: positions that a row can hold in all.
+            chunk: most positions that one call may write.
+            dtype: of keys and values, the activation type.
+            block: positions in a block of the blocked attention.
+            ring: give local layers a ring; False gives every layer the full length.
+        """
+        lengths = {kind: _round_up(length, block) for kind in AttentionKind}
+        if ring and config.window is not None:
+            local = _round_up(config.window + chunk, block)
+            lengths[AttentionKind.LOCAL] = min(local, lengths[AttentionKind.GLOBAL])
+        shapes = [
+            (batch, lengths[layer.kind], layer.num_kv_heads, layer.head_width)
+            for layer in config.layers
+        ]
+        return cls(
+            keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+            values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+            positions={
+                kind: jnp.full((batch, lengths[kind]), -1, jnp.int32)
+                for kind in dict.fromkeys(config.layer_kinds)
+            },
+            latest=jnp.zeros((batch, 0), jnp.int32),
+            kinds=config.layer_kinds,
+            chunk=chunk,
+            length=length,
+            block=block,
+        )
+
+    def begin(self, positions: Int[Array, "b t"]) -> "KVCache":
+        """Write down where this call's positions will lie; negative ones (padding) lie nowhere.
+
+        Raises:
+            InvalidRequestError: more positions than the chunk the rings were made for.
+        """
+        if positions.shape[1] > self.chunk:
+            raise InvalidRequestError(
+                f"this cache takes at most {self.chunk} positions in one call, got "
+                f"{positions.shape[1]}; split the call or create the cache with a larger chunk"
+            )
+        noted = {kind: _write(held, positions, positions) for kind, held in self.positions.items()}
+        return replace(self, positions=noted, latest=positions)
+
+    def extend(
+        self, layer: int, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]
+    ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"], "KVCache"]:
+        """Add a layer's keys and values; gives all that the layer may attend to."""
+        keys = _write(self.keys[layer], key, self.latest)
+        values = _write(self.values[layer], value, self.latest)
+        extended = replace(
+            self,
+            keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
+            values=(*self.values[:layer], values, *self.values[layer + 1 :]),
+        )
+        return keys, values, extended
+
+    def key_positions(self, kind: AttentionKind) -> Int[Array, "b s"]:
+        """The positions of what `extend` gives to layers of this kind."""
+        return self.positions[kind]
+
+
+Memory = FullPass | KVCache
+
+
+def _round_up(length: int, block: int) -> int:
+    return -(-length // block) * block
+
+
+def _write(held: Array, new: Array, positions: Int[Array, "b t"]) -> Array:
+    """`new` at index position % s of each row; what has a negative position is dropped."""
+    rows = jnp.arange(held.shape[0], dtype=positions.dtype)[:, None]
+    # An index of s is out of bounds, and mode "drop" writes nothing there.
+    index = jnp.where(positions >= 0, positions % held.shape[1], held.shape[1])
+    return held.at[rows, index].set(new, mode="drop")

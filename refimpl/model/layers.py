@@ -1,0 +1,99 @@
+"""The parts of a decoder layer that look at one position at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+from refimpl_kernels.attention import soft_cap
+from refimpl_kernels.gelu import gelu
+from refimpl_kernels.linear import LinearImplementation, linear, take_columns
+from refimpl_kernels.norm import rms_norm
+
+from refimpl.model.config import GemmaConfig
+from refimpl.model.numerics import Numerics, Rounding
+from refimpl.model.trace import Taps
+
+
+class Linear(nnx.Module):
+    """A linear map without bias. Holds a dense array, or a quantized matrix as the file stores it.
+
+    The initial values only serve a model that is built without a checkpoint.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
+        initial = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
+        self.weight = nnx.Param(initial * inputs**-0.5)
+
+    def __call__(
+        self, x: Float[Array, "b t i"], *, implementation: LinearImplementation
+    ) -> Float[Array, "b t o"]:
+        return linear(x, self.weight.get_value(), implementation=implementation)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis, with a scale that is stored less `norm_offset`."""
+
+    def __init__(self, width: int, config: GemmaConfig, numerics: Numerics) -> None:
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - config.norm_offset, jnp.float32))
+        self.offset = config.norm_offset
+        self.epsilon = config.norm_epsilon
+        self.rounding: Rounding = numerics.norm
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return rms_norm(
+            x,
+            self.scale.get_value(),
+            epsilon=self.epsilon,
+            offset=self.offset,
+            rounding=self.rounding,
+        )
+
+
+class Embedder(nnx.Module):
+    """Token ids to the residual stream, and the stream to logits.
+
+    The table is stored "d v": as it stands it is the tied head, by column it is the embedding.
+    """
+
+    def __init__(self, config: GemmaConfig, numerics: Numerics, *, rngs: nnx.Rngs) -> None:
+        self.table = Linear(config.width, config.vocab_size, rngs=rngs)
+        self.head = (
+            nnx.data(None)
+            if config.has_tied_head
+            else Linear(config.width, config.vocab_size, rngs=rngs)
+        )
+        # float32 first, then the activation type, as the references round it: 55.4256 or 55.5.
+        self.scale = float(np.float32(config.width**0.5).astype(numerics.dtype))
+        self.dtype = numerics.dtype
+        self.cap = config.final_cap
+
+    def encode(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Embedding times sqrt(d), rounded to the activation type."""
+        embedded = take_columns(self.table.weight.get_value(), tokens).astype(self.dtype)
+        return embedded * self.scale
+
+    def decode(
+        self, x: Float[Array, "b t d"], *, implementation: LinearImplementation
+    ) -> Float[Array, "b t v"]:
+        """Logits, soft-capped where the model caps them, in the activation type."""
+        head = self.table if self.head is None else self.head
+        return soft_cap(head(x, implementation=implementation), self.cap)
+
+
+class FeedForward(nnx.Module):
+    """(gelu(x G) * x U) D: a gated hidden layer, gate and up projection in one matrix."""
+
+    def __init__(self, config: GemmaConfig, width: int, numerics: Numerics, *, rngs: nnx.Rngs):
+        self.gate_up = Linear(config.width, 2 * width, rngs=rngs)
+        self.down = Linear(width, config.width, rngs=rngs)
+        self.rounding: Rounding = numerics.gelu
+
+    def __call__(
+        self, x: Float[Array, "b t d"], *, implementation: LinearImplementation, taps: Taps
+    ) -> Float[Array, "b t d"]:
+        gate, up = jnp.split(self.gate_up(x, implementation=implementation), 2, axis=-1)
+        taps("gate", gate)
+        taps("up", up)
+        return self.down(gelu(gate, rounding=self.rounding) * up, implementation=implementation)

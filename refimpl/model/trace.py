@@ -1,0 +1,180 @@
+"""Named intermediates of a forward pass: collect them, save them, compare them with another's.
+
+The names are a stable interface, the same in notebooks, files and reports:
+
+    embed                          scaled embedding
+    layers.3.attention.input       after the norm before attention
+    layers.3.attention.query       after norm and rotary embedding; likewise key, value
+    layers.3.attention.scores      scaled and capped, before the mask, "b k g t s"
+    layers.3.attention.mixed       weighted values, before the output projection
+    layers.3.attention.output      what attention adds to the stream
+    layers.3.middle                the stream after attention
+    layers.3.feed_forward.input    after the norm before the feed-forward; likewise gate, up
+    layers.3.feed_forward.output   what the feed-forward adds to the stream
+    layers.3.residual              the stream after the layer
+    final_norm                     the stream after the last norm
+    logits
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax import Array
+from refimpl_weights.errors import WeightsError
+from refimpl_weights.safetensors import SafetensorsCheckpoint
+from safetensors.numpy import save_file
+
+from refimpl.errors import TraceError
+
+Trace = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Taps:
+    """Takes note of the intermediates whose names match; by default of none, at no cost.
+
+    One object serves one forward pass. Inside `jax.jit` the values are tracers: return `values`
+    from the compiled function to have them as arrays.
+
+    Attributes:
+        wanted: shell patterns, such as "layers.*.residual"; a star also spans dots.
+        prefix: put before every name.
+        values: what was noted, by full name.
+    """
+
+    wanted: Sequence[str] = ()
+    prefix: str = ""
+    values: dict[str, Array] = field(default_factory=dict)
+
+    def __call__(self, name: str, value: Array) -> None:
+        """Note a value if its name is wanted."""
+        if self.wants(name):
+            self.values[self.prefix + name] = value
+
+    def wants(self, name: str) -> bool:
+        """Whether a value of this name would be kept."""
+        return any(fnmatchcase(self.prefix + name, pattern) for pattern in self.wanted)
+
+    def scope(self, name: str) -> "Taps":
+        """The same collection, seen from inside a part of the model."""
+        return Taps(self.wanted, f"{self.prefix}{name}.", self.values)
+
+
+def save(path: Path, trace: Mapping[str, Any]) -> None:
+    """Write a trace as safetensors, bit for bit.
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
+    # safetensors wants C order, and np.asarray keeps whatever order the device array had.
+    arrays = {name: np.ascontiguousarray(np.asarray(value)) for name, value in trace.items()}
+    try:
+        save_file(arrays, path)
+    except OSError as error:
+        raise TraceError(f"cannot write the trace {path}: {error}; is the folder there?") from error
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Read a trace that `save` wrote.
+
+    Raises:
+        TraceError: the file is missing or is not safetensors.
+    """
+    try:
+        file = SafetensorsCheckpoint(path)
+        return {name: np.asarray(file.read(name)) for name in file.names()}
+    except WeightsError as error:
+        raise TraceError(f"cannot read the trace {path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one intermediate differs between two traces, as float64.
+
+    Attributes:
+        name: of the intermediate.
+        largest: largest absolute difference; inf where one has a nan that the other has not.
+        mean: mean absolute difference.
+        relative: largest, over the root mean square of the first trace's values.
+        where: index of the largest difference.
+        is_within: whether `largest` is within the bound.
+    """
+
+    name: str
+    largest: float
+    mean: float
+    relative: float
+    where: tuple[int, ...]
+    is_within: bool
+
+
+def compare(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, bound: float
+) -> tuple[Difference, ...]:
+    """Differences of the names that both traces have, in the first trace's order.
+
+    Args:
+        bound: largest absolute difference that counts as equal, times max(1, root mean square).
+
+    Raises:
+        TraceError: no name in common, or a shape differs.
+    """
+    names = [name for name in ours if name in theirs]
+    if not names:
+        raise TraceError(
+            f"the traces have no name in common: one has {_some(ours)}, the other {_some(theirs)}"
+        )
+    return tuple(_difference(name, ours[name], theirs[name], bound) for name in names)
+
+
+def report(differences: Sequence[Difference]) -> str:
+    """A table of differences that marks the first one out of bounds.
+
+    >>> print(report([Difference("embed", 0.0, 0.0, 0.0, (0,), True)]))
+    [OK]   embed  max 0.0e+00  mean 0.0e+00  rel 0.0e+00  at 0
+    """
+    width = max((len(difference.name) for difference in differences), default=0)
+    lines, is_first = [], True
+    for difference in differences:
+        mark = "" if difference.is_within or not is_first else "  <- first"
+        is_first = is_first and difference.is_within
+        lines.append(
+            f"{'[OK]  ' if difference.is_within else '[DIFF]'} {difference.name:<{width}}  "
+            f"max {difference.largest:.1e}  mean {difference.mean:.1e}  "
+            f"rel {difference.relative:.1e}  at {','.join(map(str, difference.where))}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _difference(name: str, ours: Any, theirs: Any, bound: float) -> Difference:
+    one, other = (np.asarray(side).astype(np.float64) for side in (ours, theirs))
+    if one.shape != other.shape:
+        raise TraceError(
+            f"{name} has shape {one.shape} in one trace and {other.shape} in the other; "
+            "were both made from the same tokens?"
+        )
+    if one.size == 0:
+        return Difference(name, 0.0, 0.0, 0.0, (), True)
+    distance = np.where(np.isnan(one) & np.isnan(other), 0.0, np.abs(one - other))
+    distance[(one == other)] = 0.0  # inf - inf is nan, yet equal
+    distance[np.isnan(distance)] = np.inf
+    where = np.unravel_index(int(distance.argmax()), distance.shape)
+    scale = float(np.sqrt(np.mean(np.square(one[np.isfinite(one)])))) if one.size else 0.0
+    largest = float(distance.max())
+    return Difference(
+        name=name,
+        largest=largest,
+        mean=float(distance.mean()),
+        relative=largest / scale if scale > 0 else largest,
+        where=tuple(int(i) for i in where),
+        is_within=largest <= bound * max(1.0, scale),
+    )
+
+
+def _some(trace: Mapping[str, Any]) -> str:
+    names = list(trace)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "nothing"
