@@ -10,7 +10,14 @@ import math
 import numpy as np
 import pytest
 
-from tests.oracle import forward, from_hugging_face, gemma, log_probabilities, sample_greedy
+from tests.oracle import (
+    forward,
+    from_hugging_face,
+    gemma,
+    log_probabilities,
+    rope,
+    sample_greedy,
+)
 from tests.oracle.config import LayerConfig, OracleConfig
 
 ROUNDING = 1e-12
@@ -83,7 +90,8 @@ def test_rope_turns_pairs_half_a_head_apart_by_explicit_matrices():
     # 100^(-2/4) = 0.1.
     x = np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
     positions = np.array([[0, 3]])
-    rotated = gemma.rotate(x[None, :, None], positions, base=100.0, factor=1.0)[0, :, 0]
+    angles = rope.exact_angles(positions, 4, base=100.0, factor=1.0)
+    rotated = rope.rotate(x[None, :, None], angles)[0, :, 0]
 
     for place, position in enumerate((0, 3)):
         for pair, frequency in enumerate((1.0, 0.1)):
@@ -99,21 +107,32 @@ def test_rope_scores_depend_on_the_distance_alone():
     random = np.random.default_rng(1)
     query, key = random.normal(size=(2, 1, 1, 1, 8))
 
+    def turn(x: np.ndarray, position: int) -> np.ndarray:
+        return rope.rotate(x, rope.exact_angles(np.array([[position]]), 8, base=1e4, factor=1.0))
+
     def score(i: int, j: int) -> float:
-        turned = gemma.rotate(query, np.array([[i]]), base=1e4, factor=1.0)
-        return float(np.sum(turned * gemma.rotate(key, np.array([[j]]), base=1e4, factor=1.0)))
+        return float(np.sum(turn(query, i) * turn(key, j)))
 
     # Angles near 8000 carry the rounding of 8000: 8000 * 2^-53 = 9e-13, times a score near 8.
     assert score(8007, 8003) == pytest.approx(score(4, 0), abs=1e-10)
     assert abs(score(5, 0) - score(4, 0)) > 1e-2
 
 
-def test_linear_rope_factor_divides_positions():
-    x = np.random.default_rng(2).normal(size=(1, 3, 1, 8))
-    scaled = gemma.rotate(x, np.array([[8, 80, 800]]), base=1e6, factor=8.0)
-    np.testing.assert_array_equal(
-        scaled, gemma.rotate(x, np.array([[1, 10, 100]]), base=1e6, factor=1.0)
-    )
+@pytest.mark.parametrize("angles", [rope.exact_angles, rope.float32_angles])
+def test_linear_rope_factor_divides_positions(angles):
+    scaled = angles(np.array([[8, 80, 800]]), 8, base=1e6, factor=8.0)
+    plain = angles(np.array([[1, 10, 100]]), 8, base=1e6, factor=1.0)
+    np.testing.assert_array_equal(scaled, plain)  # a power of two divides without rounding
+
+
+def test_float32_angles_are_the_exact_ones_rounded_a_few_times():
+    positions = np.arange(9000)[None]
+    exact = rope.exact_angles(positions, 256, base=1e4, factor=8.0)
+    rounded = rope.float32_angles(positions, 256, base=1e4, factor=8.0)
+    np.testing.assert_array_equal(rounded, rounded.astype(np.float32))
+    # The power, its reciprocal and the product are rounded, each by 2^-24 at most.
+    np.testing.assert_allclose(rounded, exact, rtol=3.01 * 2.0**-24)
+    assert np.abs(rounded - exact).max() > 1e-5
 
 
 def test_rms_norm_multiplies_by_one_plus_the_weight():

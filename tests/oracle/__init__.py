@@ -8,11 +8,13 @@ f feed-forward width, v vocabulary.
 
 from tests.oracle.config import LayerConfig, OracleConfig, from_hugging_face
 from tests.oracle.gemma import OracleResult, forward, log_probabilities, sample_greedy
+from tests.oracle.rope import float32_angles
 
 __all__ = [
     "LayerConfig",
     "OracleConfig",
     "OracleResult",
+    "float32_angles",
     "forward",
     "from_hugging_face",
     "log_probabilities",

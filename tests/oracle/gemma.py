@@ -7,16 +7,14 @@ disagreement with a float32 implementation of the same function is that implemen
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tests.oracle.arrays import Booleans, Floats, Integers
 from tests.oracle.config import LayerConfig, OracleConfig
+from tests.oracle.rope import AngleFunction, exact_angles, rotate
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.integer[Any]]
-Booleans = NDArray[np.bool_]
 # Named as in Hugging Face's files, less the prefix ("model." or its like): "norm.weight".
 Weights = Mapping[str, np.ndarray]
 
@@ -40,11 +38,13 @@ def forward(
     positions: Integers,
     *,
     visible: Booleans | None = None,
+    angle_function: AngleFunction = exact_angles,
 ) -> OracleResult:
     """Logits and intermediates for tokens [b t] that stand at positions [b t].
 
     visible [b t] is False for padding, to which nothing attends. What comes out at a padded place
-    is finite and means nothing.
+    is finite and means nothing. `angle_function` computes the angles of the rotary embedding, the
+    one place where float32 programs differ from this one by more than a few roundings.
 
     Raises:
         ValueError: the weights are not exactly those the configuration asks for, or an id lies
@@ -61,30 +61,38 @@ def forward(
 
     residuals, scores = [stream], []
     for index, layer in enumerate(config.layers):
-        own = _layer_weights(weights, index)
-        stream, layer_scores = block(
-            layer, own, stream, positions, visible, epsilon=config.norm_epsilon
+        own = layer_weights(weights, index)
+        angles = angle_function(
+            positions, layer.head_width, base=layer.rope_base, factor=layer.rope_factor
         )
+        seen = visibility(positions, visible, window=layer.window)
+        stream, layer_scores = block(layer, own, stream, angles, seen, epsilon=config.norm_epsilon)
         residuals.append(stream)
         scores.append(layer_scores)
 
-    final = rms_norm(stream, weights["norm.weight"], epsilon=config.norm_epsilon)
-    head = np.asarray(weights.get("lm_head.weight", table), np.float64)  # absent: tied
-    logits = soft_cap(einsum("btd,vd->btv", final, head), config.logit_cap)
-    return OracleResult(logits, residuals, scores)
+    return OracleResult(logits_of(config, weights, stream), residuals, scores)
+
+
+def logits_of(config: OracleConfig, weights: Weights, stream: Floats) -> Floats:
+    """Logits [b t v] from the stream [b t d] after the last layer."""
+    x = rms_norm(stream, weights["norm.weight"], epsilon=config.norm_epsilon)
+    tied = weights["embed_tokens.weight"]
+    head = np.asarray(weights.get("lm_head.weight", tied), np.float64)
+    return soft_cap(einsum("btd,vd->btv", x, head), config.logit_cap)
 
 
 def block(
     layer: LayerConfig,
     weights: Weights,
     stream: Floats,
-    positions: Integers,
-    visible: Booleans,
+    angles: Floats,
+    seen: Booleans,
     *,
     epsilon: float,
 ) -> tuple[Floats, Floats]:
     """One decoder layer: (stream [b t d] after it, its scores [b n t s]).
 
+    angles [b t h/2] turn queries and keys; seen [b t s] says which keys each query sees.
     Pre-norm residual branches; Gemma 2 and 3 also normalise what a branch adds (Gemma 2 report,
     section 2).
     """
@@ -93,7 +101,7 @@ def block(
         return x if name is None else rms_norm(x, weights[f"{name}.weight"], epsilon=epsilon)
 
     x = norm(stream, "input_layernorm")
-    x, scores = attention(layer, weights, x, positions, visible, epsilon=epsilon)
+    x, scores = attention(layer, weights, x, angles, seen, epsilon=epsilon)
     stream = stream + norm(x, layer.norm_after_attention)
 
     x = norm(stream, layer.norm_before_mlp)
@@ -105,8 +113,8 @@ def attention(
     layer: LayerConfig,
     weights: Weights,
     x: Floats,
-    positions: Integers,
-    visible: Booleans,
+    angles: Floats,
+    seen: Booleans,
     *,
     epsilon: float,
 ) -> tuple[Floats, Floats]:
@@ -124,13 +132,11 @@ def attention(
     if layer.normalizes_queries_and_keys:
         query = rms_norm(query, weights["self_attn.q_norm.weight"], epsilon=epsilon)
         key = rms_norm(key, weights["self_attn.k_norm.weight"], epsilon=epsilon)
-    query = rotate(query, positions, base=layer.rope_base, factor=layer.rope_factor)
-    key = rotate(key, positions, base=layer.rope_base, factor=layer.rope_factor)
+    query, key = rotate(query, angles), rotate(key, angles)
 
     query = query.reshape(b, t, k, n // k, h)
     scores = einsum("btkgh,bskh->bkgts", query, key) * layer.query_scale
     scores = soft_cap(scores, layer.score_cap)
-    seen = visibility(positions, visible, window=layer.window)
     scores = np.where(seen[:, None, None], scores, -np.inf)
 
     mixed = einsum("bkgts,bskh->btkgh", softmax(scores), value).reshape(b, t, n, h)
@@ -146,20 +152,6 @@ def visibility(positions: Integers, visible: Booleans, *, window: int | None) ->
     distance = positions[:, :, None] - positions[:, None, :]
     seen = (distance >= 0) & visible[:, None, :]
     return seen if window is None else seen & (distance < window)
-
-
-def rotate(x: Floats, positions: Integers, *, base: float, factor: float) -> Floats:
-    """Rotary embedding (arXiv 2104.09864) of x [b t n h] at positions [b t].
-
-    Pair i is (x_i, x_(i + h/2)), the two halves, not neighbours. It turns by the angle
-    position / factor * base^(-2i/h); the factor is position interpolation (arXiv 2306.15595).
-    """
-    h = x.shape[-1]
-    frequencies = base ** (-2.0 * np.arange(h // 2) / h)
-    angles = (positions[:, :, None, None] / factor) * frequencies
-    first, second = x[..., : h // 2], x[..., h // 2 :]
-    cosine, sine = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
 def gated_mlp(weights: Weights, x: Floats) -> Floats:
@@ -231,16 +223,7 @@ def weight_names(config: OracleConfig) -> set[str]:
     return names
 
 
-def _check_names(config: OracleConfig, weights: Weights) -> None:
-    expected, got = weight_names(config), set(weights) - {"lm_head.weight"}
-    if got != expected:
-        raise ValueError(
-            f"weights: missing {sorted(expected - got)}, not understood {sorted(got - expected)}; "
-            "the names are Hugging Face's without the prefix before 'layers.'"
-        )
-
-
-def _layer_weights(weights: Weights, index: int) -> dict[str, Floats]:
+def layer_weights(weights: Weights, index: int) -> dict[str, Floats]:
     """One layer's weights in float64, named within the layer; never the whole model at once."""
     prefix = f"layers.{index}."
     return {
@@ -248,3 +231,12 @@ def _layer_weights(weights: Weights, index: int) -> dict[str, Floats]:
         for name, value in weights.items()
         if name.startswith(prefix)
     }
+
+
+def _check_names(config: OracleConfig, weights: Weights) -> None:
+    expected, got = weight_names(config), set(weights) - {"lm_head.weight"}
+    if got != expected:
+        raise ValueError(
+            f"weights: missing {sorted(expected - got)}, not understood {sorted(got - expected)}; "
+            "the names are Hugging Face's without the prefix before 'layers.'"
+        )
