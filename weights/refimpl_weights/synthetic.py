@@ -71,7 +71,7 @@ def write_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = tensors(name, seed=seed, dtype=dtype, prefix=prefix)
-    config = {**TINY[name], ("dtype" if "layer_types" in TINY[name] else "torch_dtype"): dtype}
+    config = {**TINY[name], ("dtype" if "rope_parameters" in TINY[name] else "torch_dtype"): dtype}
     generation = {
         "bos_token_id": tokenizer.BOS,
         "eos_token_id": [tokenizer.EOS, tokenizer.END_OF_TURN],
@@ -133,31 +133,33 @@ def _decoder(config: Mapping[str, Any]) -> Iterator[_Drawn]:
     family = config["model_type"]
     qk_norm = family == "gemma3_text"
     post_norms = family in ("gemma2", "gemma3_text")
-    # Without a norm on q and k their size sets the size of the scores: 3.5 lifts Gemma 2's over 50.
-    qk_gain = 3.5 if family == "gemma2" else 1.5
     yield _matrix("embed_tokens.weight", config["vocab_size"], d)
     for layer in range(config["num_hidden_layers"]):
         at = f"layers.{layer}."
+        # Scores grow with the square of this. Gemma 2's first global layer shall run into the cap
+        # of 50; not all layers, for scores that large make rounding errors grow with every layer.
+        qk_gain = 3.5 if family == "gemma2" and layer == 1 else 1.3
         yield _norm(at + "input_layernorm.weight", d)
         yield _matrix(at + "self_attn.q_proj.weight", n * h, d, gain=qk_gain)
         yield _matrix(at + "self_attn.k_proj.weight", k * h, d, gain=qk_gain)
         yield _matrix(at + "self_attn.v_proj.weight", k * h, d)
-        yield _matrix(at + "self_attn.o_proj.weight", d, n * h, gain=1.5)
+        yield _matrix(at + "self_attn.o_proj.weight", d, n * h)
         if qk_norm:
-            yield _norm(at + "self_attn.q_norm.weight", h, centre=0.8)
-            yield _norm(at + "self_attn.k_norm.weight", h, centre=0.8)
+            yield _norm(at + "self_attn.q_norm.weight", h, centre=0.4)
+            yield _norm(at + "self_attn.k_norm.weight", h, centre=0.4)
         if family != "vaultgemma":
-            yield _norm(at + "post_attention_layernorm.weight", d)
+            centre = -0.4 if post_norms else 0.0
+            yield _norm(at + "post_attention_layernorm.weight", d, centre=centre)
         if post_norms or family == "vaultgemma":
             yield _norm(at + "pre_feedforward_layernorm.weight", d)
-        yield _matrix(at + "mlp.gate_proj.weight", f, d, gain=1.5)
+        yield _matrix(at + "mlp.gate_proj.weight", f, d, gain=1.2)
         yield _matrix(at + "mlp.up_proj.weight", f, d)
-        yield _matrix(at + "mlp.down_proj.weight", d, f, gain=1.5)
+        yield _matrix(at + "mlp.down_proj.weight", d, f)
         if post_norms:
-            yield _norm(at + "post_feedforward_layernorm.weight", d)
+            yield _norm(at + "post_feedforward_layernorm.weight", d, centre=-0.4)
     # Both signs and large: the head is the embedding again, and with a plain final norm the
     # likeliest next token would be the last one over and over.
-    yield _norm("norm.weight", d, spread=16.0 if family == "gemma2" else 8.0)
+    yield _norm("norm.weight", d, spread=16.0 if family == "gemma2" else 4.0)
 
 
 def _vision(config: Mapping[str, Any]) -> Iterator[_Drawn]:

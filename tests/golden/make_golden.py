@@ -1,0 +1,279 @@
+# pyright: reportMissingImports=false
+"""Records what Hugging Face's models compute on the tiny synthetic checkpoints.
+
+Owns `tests/golden/tiny/<name>.npz`; README.md beside this file describes every array. Not part of
+the test suite and of no environment of ours: it needs torch and transformers, which the project
+itself never imports.
+
+    python3.11 -m venv golden && golden/bin/pip install \\
+        torch==2.13.0 transformers==5.23.0 numpy==2.4.6 ml-dtypes==0.6.0 safetensors==0.8.0
+    golden/bin/python tests/golden/make_golden.py
+
+The reference is the eager implementation on one CPU thread with deterministic algorithms. Every
+weight of every checkpoint must have found its place, or nothing is written.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mistakes import Change, mistakes
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "weights"))
+
+from refimpl_weights import synthetic, synthetic_tokenizer  # noqa: E402
+
+GREEDY_STEPS = 64
+# A float32 logit of size 20 is known to about 1e-5; a choice by a thousand times that is no tie.
+MIN_MARGIN = 1e-2
+# What a broken model must change at least, to be told from rounding with a bound of 2e-5.
+MIN_CHANGE = 1e-3
+FAR = 5000
+
+Arrays = dict[str, np.ndarray]
+
+
+def random_ids(length: int, *, seed: int) -> np.ndarray:
+    """`<bos>`, then ids drawn evenly from all pieces behind `<unk>`. Shape (1, length), int64."""
+    raw = np.random.PCG64(seed).random_raw(length - 1)
+    low = synthetic_tokenizer.UNK + 1
+    body = raw % np.uint64(synthetic_tokenizer.NUM_PIECES - low) + np.uint64(low)
+    return np.concatenate([[synthetic_tokenizer.BOS], body.astype(np.int64)])[None]
+
+
+def padded_case(lengths: tuple[int, ...], *, left: bool) -> Arrays:
+    """Rows of different lengths filled with `<pad>`; positions as `generate` computes them."""
+    width = max(lengths)
+    ids = np.full((len(lengths), width), synthetic_tokenizer.PAD, np.int64)
+    mask = np.zeros((len(lengths), width), np.int64)
+    for row, length in enumerate(lengths):
+        at = slice(width - length, width) if left else slice(0, length)
+        ids[row, at] = random_ids(length, seed=30 + row)[0]
+        mask[row, at] = 1
+    positions = np.where(mask == 1, mask.cumsum(axis=-1) - 1, 0)
+    return {"ids": ids, "mask": mask, "positions": positions}
+
+
+def cases() -> dict[str, Arrays]:
+    """Inputs by name; without padding the mask is all ones."""
+
+    def whole(length: int, first: int, seed: int) -> Arrays:
+        positions = np.arange(first, first + length)[None]
+        ids = random_ids(length, seed=seed)
+        return {"ids": ids, "mask": np.ones_like(ids), "positions": positions}
+
+    return {
+        "short": whole(7, 0, 10),
+        "long": whole(40, 0, 11),
+        "far": whole(12, FAR, 12),
+        "left_padded": padded_case((12, 9, 3), left=True),
+        "right_padded": padded_case((12, 9, 3), left=False),
+    }
+
+
+def load(folder: Path, dtype: torch.dtype, change: Change | None = None) -> PreTrainedModel:
+    """The model with all its weights; `change` edits the text model's configuration first."""
+    config = AutoConfig.from_pretrained(folder)
+    if change is not None:
+        change(config.get_text_config())
+    multimodal = config.model_type == "gemma3"
+    factory = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    model, report = factory.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    if any(report.values()):
+        raise RuntimeError(f"{folder.name}: not every weight was loaded as it is: {report}")
+    return model.eval()
+
+
+@contextmanager
+def taps(model: PreTrainedModel) -> Iterator[tuple[list[torch.Tensor], list[float]]]:
+    """Residual streams (after the embedding, then after each layer) and each layer's max |score|.
+
+    Scores are those in front of the cap and of the mask, over pairs that the mask lets through.
+    """
+    decoder = model.get_decoder()
+    residual: list[torch.Tensor] = []
+    max_scores: list[float] = []
+    module: Any = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    eager = module.eager_attention_forward
+
+    def watched(attention, query, key, value, mask, **options):
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * options["scaling"]
+        visible = (mask == 0).expand_as(scores)
+        max_scores.append(scores[visible].abs().max().item())
+        return eager(attention, query, key, value, mask, **options)
+
+    hooks = [decoder.layers[0].register_forward_pre_hook(lambda _, args: residual.append(args[0]))]
+    hooks += [
+        layer.register_forward_hook(lambda _, args, output: residual.append(output))
+        for layer in decoder.layers
+    ]
+    module.eager_attention_forward = watched
+    try:
+        yield residual, max_scores
+    finally:
+        module.eager_attention_forward = eager
+        for hook in hooks:
+            hook.remove()
+
+
+def forward(model: PreTrainedModel, case: Arrays) -> torch.Tensor:
+    """Logits, shape (b, t, v)."""
+    # The mask is handed over even when it is all ones: without one, transformers takes a jump in
+    # the positions for the border of a second, packed sequence.
+    return model(
+        input_ids=torch.from_numpy(case["ids"]),
+        position_ids=torch.from_numpy(case["positions"]),
+        attention_mask=torch.from_numpy(case["mask"]),
+        use_cache=False,
+    ).logits
+
+
+def record(model: PreTrainedModel, case: Arrays) -> Arrays:
+    """Everything the model says about one case; zero where the input is padding."""
+    with taps(model) as (residual, max_scores):
+        logits = forward(model, case)
+    real = torch.from_numpy(case["mask"])[..., None] == 1
+    streams = torch.stack(residual)
+    if len(residual) != model.config.get_text_config().num_hidden_layers + 1:
+        raise RuntimeError(f"expected one residual stream per layer and one more: {streams.shape}")
+    return {
+        "logits": bits(torch.where(real, logits, 0)),
+        "residual": bits(torch.where(real, streams, 0)),
+        "max_score": np.asarray(max_scores, np.float32),
+    }
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """float32 as it is; bfloat16, which npz cannot hold, as its bit pattern in uint16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy()
+    return tensor.numpy()
+
+
+def greedy(model: PreTrainedModel, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Likeliest ids after the prompt, and by how much the best logit beats the second best.
+
+    Computed twice, by full passes and with a cache, which must agree on every id.
+    """
+    ids = torch.from_numpy(prompt)
+    margins = []
+    for _ in range(GREEDY_STEPS):
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+        best, second = logits.topk(2).values
+        margins.append((best - second).item())
+        ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+    full = ids[0, prompt.shape[1] :]
+
+    step = model(input_ids=torch.from_numpy(prompt), use_cache=True)
+    cached = [step.logits[0, -1].argmax()]
+    while len(cached) < GREEDY_STEPS:
+        step = model(
+            input_ids=cached[-1][None, None], past_key_values=step.past_key_values, use_cache=True
+        )
+        cached.append(step.logits[0, -1].argmax())
+    if not torch.equal(full, torch.stack(cached)):
+        raise RuntimeError("greedy ids differ with and without a cache")
+    return full.numpy(), np.asarray(margins, np.float32)
+
+
+def decisive_greedy(model: PreTrainedModel) -> Arrays:
+    """The first random prompt along whose continuation no step is nearly a tie."""
+    for seed in range(100, 200):
+        prompt = random_ids(7, seed=seed)
+        ids, margins = greedy(model, prompt)
+        if margins.min() >= MIN_MARGIN and ids.max() < synthetic_tokenizer.NUM_PIECES:
+            return {"prompt": prompt[0].astype(np.int32), "ids": ids.astype(np.int32),
+                    "margins": margins}  # fmt: skip
+    raise RuntimeError("every prompt comes near a tie")
+
+
+def changes(folder: Path, model: PreTrainedModel, inputs: dict[str, Arrays]) -> dict[str, float]:
+    """By how much each mistake moves some logit, at most; every one must be plain to see."""
+    right = forward(model, inputs["long"])
+    found = {
+        label: (forward(load(folder, torch.float32, change), inputs["long"]) - right).abs().max()
+        for label, change in mistakes(folder.name).items()
+    }
+
+    far = inputs["far"]
+    rounded = torch.from_numpy(far["positions"]).to(torch.bfloat16).long().numpy()
+    moved = forward(model, {**far, "positions": rounded})
+    found["far: positions in bfloat16"] = (moved - forward(model, far)).abs().max()
+
+    left = inputs["left_padded"]
+    unmasked = forward(model, {**left, "mask": np.ones_like(left["mask"])})
+    real = torch.from_numpy(left["mask"]) == 1
+    found["left_padded: padding attended to"] = (unmasked - forward(model, left))[real].abs().max()
+
+    figures = {label: float(f"{change:.3g}") for label, change in found.items()}
+    if min(figures.values()) < MIN_CHANGE:
+        raise RuntimeError(f"{folder.name}: a mistake would pass unnoticed: {figures}")
+    return figures
+
+
+def golden(name: str) -> Arrays:
+    """All arrays of one file."""
+    arrays: Arrays = {}
+    inputs = cases()
+    for case, values in inputs.items():
+        arrays |= {f"{case}.{key}": value.astype(np.int32) for key, value in values.items()}
+    for dtype in ("float32", "bfloat16"):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / name
+            synthetic.write_checkpoint(folder, name, dtype=dtype)
+            model = load(folder, getattr(torch, dtype))
+            chosen = inputs if dtype == "float32" else {c: inputs[c] for c in ("short", "long")}
+            for case, values in chosen.items():
+                said = record(model, values)
+                arrays |= {f"{case}.{dtype}.{key}": value for key, value in said.items()}
+            if dtype == "float32":
+                arrays |= {f"greedy.{key}": v for key, v in decisive_greedy(model).items()}
+                figures = changes(folder, model, inputs)
+                arrays["changes"] = np.asarray(json.dumps(figures))
+        arrays[f"sha256.{dtype}"] = np.asarray(
+            synthetic.fingerprint(synthetic.tensors(name, dtype=dtype))
+        )
+    return arrays
+
+
+def main() -> None:
+    """Writes one file for each synthetic model, or for those that are named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(synthetic.TINY))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
+    arguments = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names:
+        arrays = golden(name)
+        path = arguments.out / f"{name}.npz"
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+        scores = arrays["long.float32.max_score"].max()
+        logits = np.abs(arrays["long.float32.logits"]).max()
+        margin = arrays["greedy.margins"].min()
+        print(f"{name}: {path.stat().st_size} bytes, max |score| {scores:.1f}, "
+              f"max |logit| {logits:.1f}, margin {margin:.4f}")  # fmt: skip
+        print(f"    {arrays['changes']}")
+
+
+if __name__ == "__main__":
+    main()
