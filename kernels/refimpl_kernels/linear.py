@@ -165,12 +165,12 @@ def _chain_step(
     if not isinstance(matrix, QuantizedMatrix):
         weights = jax.lax.dynamic_slice_in_dim(matrix, begin, CHAIN_STEP).astype(jnp.float32)
         for e in range(CHAIN_STEP):
-            sums = sums + some[:, e, None] * weights[e]
+            sums = sums + some[:, e, None] * weights[e, None]
         return sums
     values = jax.lax.dynamic_slice_in_dim(matrix.values, begin, CHAIN_STEP).astype(jnp.float32)
-    part = some[:, 0, None] * values[0]
+    part = some[:, 0, None] * values[0, None]
     for e in range(1, CHAIN_STEP):
-        part = part + some[:, e, None] * values[e]
+        part = part + some[:, e, None] * values[e, None]
     at = begin // block
     sums = sums + part * jax.lax.dynamic_slice_in_dim(matrix.scales, at, 1)
     if matrix.minimums is None:

@@ -41,4 +41,5 @@ def _normalise(x: Array, scale: Array | None, epsilon: float, offset: float) -> 
     normalised = x * jax.lax.rsqrt(mean + jnp.asarray(epsilon, x.dtype))
     if scale is None:
         return normalised
-    return normalised * (jnp.asarray(offset, x.dtype) + scale.astype(x.dtype))
+    factor = jnp.asarray(offset, x.dtype) + scale.astype(x.dtype)
+    return normalised * jnp.expand_dims(factor, range(x.ndim - 1))

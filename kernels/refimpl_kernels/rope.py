@@ -36,8 +36,8 @@ def rope_angles(
     timescale = np.power(np.float32(theta), exponent, dtype=np.float32)
     wide = positions.astype(jnp.float32)[..., None]
     if form == "divide":
-        return wide / timescale / jnp.float32(factor)
-    return wide * (np.float32(1.0) / timescale / np.float32(factor))
+        return wide / timescale[None, None] / jnp.float32(factor)
+    return wide * (np.float32(1.0) / timescale / np.float32(factor))[None, None]
 
 
 def apply_rope(

@@ -22,7 +22,8 @@ def rms_norm(
     normalised = wide / jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     if scale is None:
         return normalised
-    return normalised * (jnp.float32(offset) + jnp.asarray(scale, jnp.float32))
+    factor = jnp.float32(offset) + jnp.asarray(scale, jnp.float32)
+    return normalised * factor.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def rope(
@@ -34,7 +35,7 @@ def rope(
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half) / factor
-    angles = jnp.asarray(positions, jnp.float32)[:, :, None, None] * frequencies
+    angles = jnp.asarray(positions, jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     first = jnp.asarray(x[..., :half], jnp.float32)
     second = jnp.asarray(x[..., half:], jnp.float32)
     return jnp.concatenate(

@@ -135,7 +135,7 @@ def _ropes(read: Callable[..., Any], *, is_gemma3: bool) -> tuple[RopeSpec, Rope
 
 
 def _eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Every id that ends a text: the end-of-text id, and the end-of-turn ids where they are named."""
+    """Every id that ends a text, the end of a turn included where the file names it."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     ids = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
     return tuple(dict.fromkeys(i for i in ids if i is not None)) or (1,)

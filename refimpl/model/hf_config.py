@@ -76,10 +76,10 @@ _IGNORED = {
     "use_cache",
 }  # fmt: skip
 # Keys that change the function, with the only values that leave it the one we compute.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "use_bidirectional_attention": (False, None),
-    "quantization_config": (None,),
+_REQUIRED: dict[str, list[Any]] = {
+    "attention_bias": [False, None],
+    "use_bidirectional_attention": [False, None],
+    "quantization_config": [None],
 }
 # Gemma 1's first release says "gelu" and means the tanh form (Hugging Face pull request 29402).
 _ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")
@@ -166,7 +166,7 @@ def to_hugging_face(config: GemmaConfig) -> dict[str, Any]:
         "attention_bias": False,
         "pad_token_id": config.pad_id,
         "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else config.eos_ids[0],
+        "eos_token_id": list(config.eos_ids),
         "rope_parameters": _rope_object(config.global_rope),
     }
     if config.family == "gemma":

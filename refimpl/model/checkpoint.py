@@ -1,0 +1,298 @@
+"""A checkpoint on disk to a model in memory.
+
+Our tree of parameters is walked and the file's tensors are looked up, each exactly once. Whatever
+is missing, left over, of another shape or not finite is collected, and one error lists it all; a
+model is never returned in part. Tensors are read one at a time and keep the file's precision.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from refimpl_kernels.linear import QuantizedMatrix
+from refimpl_weights.errors import WeightsError
+from refimpl_weights.gguf import GGUFFile
+from refimpl_weights.quantized import QuantizedArray
+from refimpl_weights.safetensors import SafetensorsCheckpoint
+from refimpl_weights.source import TensorSource
+
+from refimpl.errors import CheckpointError
+from refimpl.model import names
+from refimpl.model.config import GemmaConfig
+from refimpl.model.gguf_config import from_gguf
+from refimpl.model.hf_config import from_hugging_face
+from refimpl.model.join import join_outputs
+from refimpl.model.numerics import FLOAT32, Numerics
+from refimpl.model.transformer import Transformer
+
+Progress = Callable[[int, int], None]
+
+_MOST_FAULTS_SHOWN = 40
+# Bytes; XLA shares a host buffer that starts at a multiple of this.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint whose architecture is known, and of which no tensor has been read.
+
+    Attributes:
+        path: the file or folder.
+        config: the architecture.
+        source: the tensors.
+        available: the text decoder's tensors: our table's name, and the file's.
+        ignored: tensors of other modalities, which a text decoder has no use for.
+        sources: where each parameter comes from.
+    """
+
+    path: Path
+    config: GemmaConfig
+    source: TensorSource
+    available: Mapping[str, str]
+    ignored: tuple[str, ...]
+    sources: Mapping[names.Path, names.Sources]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read headers and configuration of a GGUF file or a Hugging Face folder.
+
+    Args:
+        path: a file `x.gguf`, or a folder with `config.json` and safetensors.
+
+    Raises:
+        CheckpointError: nothing there, or not a checkpoint.
+        ConfigError: the architecture is not one we carry.
+    """
+    path = Path(path)
+    try:
+        if path.is_file():
+            return _open_gguf(path)
+        return _open_hugging_face(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_model(
+    checkpoint: Checkpoint, numerics: Numerics = FLOAT32, *, progress: Progress | None = None
+) -> Transformer:
+    """The model with the checkpoint's weights, matrices in the precision of the file.
+
+    Args:
+        numerics: where the forward pass rounds.
+        progress: called with parameters read so far and in all.
+
+    Raises:
+        CheckpointError: listing every tensor that is missing, unused, mis-shaped or not finite.
+    """
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: Transformer(checkpoint.config, numerics, rngs=nnx.Rngs(0)))
+    )
+    wanted = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
+    plan = _plan(checkpoint, wanted)
+    try:
+        arrays = _read_all(checkpoint, plan, wanted, progress or _no_progress)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    return nnx.merge(graph, nnx.traversals.unflatten_mapping(arrays))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = GGUFFile(path)
+    stored = set(file.names())
+    if "token_embd.weight" not in stored:
+        raise CheckpointError(f"{path} holds no token_embd.weight; is it a language model?")
+    vocab_size = file.shape("token_embd.weight")[0]
+    tied = "output.weight" not in stored or _is_alias(file, "output.weight", "token_embd.weight")
+    config = from_gguf(file.metadata, vocab_size=vocab_size, has_tied_head=tied)
+    available = {name: name for name in file.names()}
+    return _checkpoint(path, config, file, available, (), names.gguf_sources(config))
+
+
+def _open_hugging_face(folder: Path) -> Checkpoint:
+    config = read_json(folder / "config.json")
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    architecture = from_hugging_face(config, generation=generation)
+    source = SafetensorsCheckpoint(folder)
+    available, ignored = names.strip_prefix(source.names())
+    head, table = available.get("lm_head.weight"), available.get("embed_tokens.weight")
+    if head is not None and table is not None and architecture.has_tied_head:
+        # Some exports write the alias out. A head that differs was trained apart: it is the truth.
+        tied = _is_alias(source, head, table)
+        architecture = replace(architecture, has_tied_head=tied)
+    sources = names.hugging_face_sources(architecture)
+    return _checkpoint(folder, architecture, source, available, ignored, sources)
+
+
+def _checkpoint(
+    path: Path,
+    config: GemmaConfig,
+    source: TensorSource,
+    available: Mapping[str, str],
+    ignored: tuple[str, ...],
+    sources: Mapping[names.Path, names.Sources],
+) -> Checkpoint:
+    if config.has_tied_head:
+        # What is left under these names is an alias of the embedding.
+        available = {k: v for k, v in available.items() if k not in names.HEAD_NAMES}
+    return Checkpoint(path, config, source, available, ignored, sources)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"there is no {path.name} in {path.parent}; a checkpoint is a .gguf file or a folder "
+            "with config.json and safetensors files"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _is_alias(source: TensorSource, one: str, other: str) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if source.shape(one) != source.shape(other):
+        return False
+    pair = (source.read(one), source.read(other))
+    if not any(isinstance(array, QuantizedArray) for array in pair):
+        return np.asarray(pair[0]).tobytes() == np.asarray(pair[1]).tobytes()
+    if not all(isinstance(array, QuantizedArray) for array in pair):
+        return False
+    first, second = (_parts(array) for array in pair)
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _parts(array: np.ndarray | QuantizedArray) -> tuple[Any, ...]:
+    if isinstance(array, QuantizedArray):
+        return array.values, array.scales, array.minimums
+    return (array,)
+
+
+def _plan(
+    checkpoint: Checkpoint, wanted: Mapping[names.Path, tuple[int, ...]]
+) -> dict[names.Path, tuple[str, ...]]:
+    """The file's tensors for each of our parameters, or one error with all that does not fit."""
+    faults: list[str] = []
+    plan: dict[names.Path, tuple[str, ...]] = {}
+    used: set[str] = set()
+    for path, shape in wanted.items():
+        alternatives = checkpoint.sources[path].alternatives
+        chosen = next(
+            (found for found in alternatives if all(n in checkpoint.available for n in found)),
+            alternatives[0],
+        )
+        used.update(chosen)
+        missing = [name for name in chosen if name not in checkpoint.available]
+        faults += [f"missing: {name}" for name in missing]
+        if not missing:
+            plan[path] = tuple(checkpoint.available[name] for name in chosen)
+            faults += _shape_faults(checkpoint.source, plan[path], shape)
+    faults += [f"unused: {full}" for name, full in checkpoint.available.items() if name not in used]
+    _raise_if(faults, checkpoint)
+    return plan
+
+
+def _shape_faults(
+    source: TensorSource, tensors: tuple[str, ...], wanted: tuple[int, ...]
+) -> list[str]:
+    """What is wrong with the shapes, given that joined and transposed they must be `wanted`."""
+    shapes = {name: source.shape(name) for name in tensors}
+    if len(wanted) == 1:
+        expected, fits = wanted, all(shape == wanted for shape in shapes.values())
+    else:
+        inputs, outputs = wanted
+        expected = (outputs, inputs)
+        fits = all(len(shape) == 2 and shape[1] == inputs for shape in shapes.values())
+        fits = fits and sum(shape[0] for shape in shapes.values()) == outputs
+    if fits:
+        return []
+    together = " together" if len(shapes) > 1 else ""
+    got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    return [f"mis-shaped: expected {expected}{together}, got {got}"]
+
+
+def _read_all(
+    checkpoint: Checkpoint,
+    plan: Mapping[names.Path, tuple[str, ...]],
+    wanted: Mapping[names.Path, tuple[int, ...]],
+    progress: Progress,
+) -> dict[names.Path, Array | QuantizedMatrix]:
+    total = sum(int(np.prod(shape)) for shape in wanted.values())
+    done, faults = 0, []
+    arrays: dict[names.Path, Array | QuantizedMatrix] = {}
+    for path, tensors in plan.items():
+        read = [checkpoint.source.read(name) for name in tensors]
+        faults += [
+            f"not finite: {name}"
+            for name, array in zip(tensors, read, strict=True)
+            if not _is_finite(array)
+        ]
+        arrays[path] = _to_device(read)
+        done += int(np.prod(wanted[path]))
+        progress(done, total)
+    _raise_if(faults, checkpoint)
+    return arrays
+
+
+def _to_device(parts: list[np.ndarray | QuantizedArray]) -> Array | QuantizedMatrix:
+    """One tensor or several joined along the outputs, transposed to [i, o]."""
+    whole = parts[0] if len(parts) == 1 else join_outputs(parts)
+    parts.clear()  # the joined array is a copy, and the originals need not live beside it
+    if isinstance(whole, QuantizedArray):
+        return QuantizedMatrix(
+            values=_transposed(whole.values),
+            scales=_transposed(whole.scales),
+            minimums=None if whole.minimums is None else _transposed(whole.minimums),
+        )
+    return jnp.asarray(whole) if whole.ndim == 1 else _transposed(whole)
+
+
+def _transposed(array: np.ndarray, *, band: int = 512) -> Array:
+    """A transposed copy on the device.
+
+    Made in bands that fit the processor's cache, several times faster than in one go, and in
+    memory aligned so that a CPU device takes it over without another copy.
+    """
+    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    turned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape[::-1])
+    for row in range(0, array.shape[0], band):
+        turned[:, row : row + band] = array[row : row + band].T
+    return jax.device_put(turned, may_alias=True)
+
+
+def _is_finite(array: np.ndarray | QuantizedArray) -> bool:
+    floats = [part for part in _parts(array)[-2:] if part is not None and part.dtype != np.int8]
+    return all(bool(np.isfinite(part).all()) for part in floats)
+
+
+def _raise_if(faults: list[str], checkpoint: Checkpoint) -> None:
+    if not faults:
+        return
+    shown = "\n  ".join(faults[:_MOST_FAULTS_SHOWN])
+    more = len(faults) - _MOST_FAULTS_SHOWN
+    rest = f"\n  and {more} more" if more > 0 else ""
+    raise CheckpointError(
+        f"{checkpoint.path} does not hold the {checkpoint.config.family} model that its "
+        f"configuration describes; {len(faults)} faults:\n  {shown}{rest}"
+    )
+
+
+def _no_progress(done: int, total: int) -> None:
+    del done, total
