@@ -40,6 +40,8 @@ from refimpl_weights import synthetic, synthetic_tokenizer  # noqa: E402
 GREEDY_STEPS = 64
 # A float32 logit of size 20 is known to about 1e-5; a choice by a thousand times that is no tie.
 MIN_MARGIN = 1e-2
+# A continuation that repeats a few ids proves little about the cache.
+MIN_DISTINCT = 24
 # What a broken model must change at least, to be told from rounding with a bound of 2e-5.
 MIN_CHANGE = 1e-3
 FAR = 5000
@@ -194,14 +196,15 @@ def greedy(model: PreTrainedModel, prompt: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def decisive_greedy(model: PreTrainedModel) -> Arrays:
-    """The first random prompt along whose continuation no step is nearly a tie."""
+    """The first random prompt whose continuation is varied and nowhere near a tie."""
     for seed in range(100, 200):
         prompt = random_ids(7, seed=seed)
         ids, margins = greedy(model, prompt)
-        if margins.min() >= MIN_MARGIN and ids.max() < synthetic_tokenizer.NUM_PIECES:
+        decisive = margins.min() >= MIN_MARGIN and len(set(ids.tolist())) >= MIN_DISTINCT
+        if decisive and ids.max() < synthetic_tokenizer.NUM_PIECES:
             return {"prompt": prompt[0].astype(np.int32), "ids": ids.astype(np.int32),
                     "margins": margins}  # fmt: skip
-    raise RuntimeError("every prompt comes near a tie")
+    raise RuntimeError("every prompt comes near a tie or repeats itself")
 
 
 def changes(folder: Path, model: PreTrainedModel, inputs: dict[str, Arrays]) -> dict[str, float]:
