@@ -97,7 +97,8 @@ def read_header(path: Path) -> Header:
             )
         tensors[entry.name] = _place(cursor, entry, data_start=cursor.position + padding)
     _check_overlap(cursor, tensors)
-    return Header(Metadata(path, bytes(cursor.buffer[: cursor.position]), values), tensors)
+    header = bytes(memoryview(cursor.buffer)[: cursor.position])
+    return Header(Metadata(path, header, values), tensors)
 
 
 def _read_preamble(cursor: Cursor) -> tuple[int, int]:

@@ -101,10 +101,10 @@ def _read_value(cursor: Cursor, *, what: str) -> Any:
         return _read_list(cursor, what=what)
     if value_type == GGUFValueType.STRING:
         return cursor.string(what=what)
-    value = cursor.number(_code(cursor, value_type, what=what), what=what)
+    code = _code(cursor, value_type, what=what)
     if value_type == GGUFValueType.BOOL:
-        return _boolean(value, what=f"{cursor.path}: {what}")
-    return value
+        return _boolean(cursor.integer(code, what=what), what=f"{cursor.path}: {what}")
+    return cursor.number(code, what=what)
 
 
 def _read_list(cursor: Cursor, *, what: str) -> UndecodedList:
@@ -149,7 +149,7 @@ def _decode_strings(listed: UndecodedList, header: bytes, *, what: str) -> list[
     return texts
 
 
-def _boolean(byte: float, *, what: str) -> bool:
+def _boolean(byte: int, *, what: str) -> bool:
     if byte not in (0, 1):
         raise FormatError(f"{what} is a bool with value {byte}, expected 0 or 1; {CURE}")
     return byte == 1

@@ -15,9 +15,9 @@ from refimpl_weights.ggml_blocks import BLOCK_FORMATS
 
 
 def quantize(
-    weights: Float32[np.ndarray, "rows columns"], tensor_type: GGMLQuantizationType
-) -> Shaped[np.ndarray, "rows stored"]:
-    """The rows as the file stores them: bytes, except for F32 and F16.
+    weights: Float32[np.ndarray, "*rows columns"], tensor_type: GGMLQuantizationType
+) -> Shaped[np.ndarray, "*rows stored"]:
+    """The rows as the file stores them: bytes, except that F32 and F16 stay numbers.
 
     Raises:
         NotImplementedError: a type that nothing here can write.
@@ -28,7 +28,7 @@ def quantize(
     records = np.empty(weights.size // 256, layout)
     for field, content in _PACKERS[tensor_type](weights.reshape(-1, 256)).items():
         records[field] = content.reshape(records[field].shape)
-    return records.view(np.uint8).reshape(weights.shape[0], -1)
+    return records.view(np.uint8).reshape(*weights.shape[:-1], -1)
 
 
 def _join(parts: UInt8[np.ndarray, "*b parts n"], *, bits: int) -> UInt8[np.ndarray, "*b n"]:

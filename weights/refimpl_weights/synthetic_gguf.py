@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, TokenType
@@ -23,8 +23,6 @@ from jaxtyping import Float32
 
 from refimpl_weights import synthetic_tokenizer as tokenizer
 from refimpl_weights.synthetic_blocks import quantize
-
-Architecture = Literal["gemma", "gemma2", "gemma3"]
 
 EMBEDDING_LENGTH = 256
 FEED_FORWARD_LENGTH = 512
@@ -85,6 +83,9 @@ _SHAPES: Mapping[str, _Shape] = MappingProxyType(
 )
 
 
+ARCHITECTURES: tuple[str, ...] = tuple(_SHAPES)
+
+
 class _Planned(NamedTuple):
     """A tensor to be drawn: uniform in [centre - spread, centre + spread)."""
 
@@ -97,7 +98,7 @@ class _Planned(NamedTuple):
 def write_gguf(
     path: str | Path,
     *,
-    architecture: Architecture,
+    architecture: str,
     seed: int = 0,
     tensor_type: str = "Q8_0",
     layers: int | None = None,
@@ -107,7 +108,7 @@ def write_gguf(
 
     Args:
         path: of the file, which is replaced if it is there.
-        architecture: as the file's `general.architecture` spells it.
+        architecture: one of `ARCHITECTURES`, as the file's `general.architecture` spells it.
         seed: of the weights; the same arguments give the same bytes everywhere.
         tensor_type: of every matrix, a key of `FILE_TYPES`. "Q4_K_M" gives each kind of matrix the
             type that it has in the released Gemma 3 270M, so that one file holds four.
@@ -143,7 +144,7 @@ def write_gguf(
 
 
 def tensors(
-    architecture: Architecture, *, seed: int = 0, layers: int | None = None
+    architecture: str, *, seed: int = 0, layers: int | None = None
 ) -> dict[str, Float32[np.ndarray, "..."]]:
     """The weights of `write_gguf` by their names in the file, before they are rounded to a type.
 
