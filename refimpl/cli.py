@@ -1,0 +1,260 @@
+"""The command line: complete, score, models.
+
+Results go to standard output, progress and errors to standard error. A mistake of the caller ends
+with one line and exit status 2, Ctrl-C with 130.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import refimpl
+from refimpl.errors import InvalidRequestError, RefimplError
+from refimpl.progress import Progress
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="refimpl",
+    help="Google's Gemma language models in pure Python on JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A name that `refimpl models` lists, a Hub id, a .gguf file or a checkpoint folder. "
+        "Default: the embedded Gemma 3 270M.",
+        show_default=False,
+    ),
+]
+NumericsOption = Annotated[
+    str,
+    typer.Option(help="Where the forward pass rounds: float32, hf_bfloat16, deepmind_bfloat16."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `refimpl` script."""
+    try:
+        app(standalone_mode=True)
+    except RefimplError as error:
+        print(f"refimpl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("refimpl: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has gone, as `head` does. Python would complain once more at exit.
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"refimpl {refimpl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Google's Gemma language models in pure Python on JAX."""
+    del version
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    '`refimpl complete "The capital of France is"`\n\n'
+    '`refimpl complete "Once upon a time" --temperature 0.8 --seed 7 --max-tokens 100`\n\n'
+    '`refimpl complete "2+2=" --model gemma3:4b --json`'
+)
+def complete(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; at most 2.")] = 0.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes a draw repeatable; by default each differs.", show_default=False),
+    ] = None,
+    numerics: NumericsOption = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue PROMPT and print the text as it is made."""
+    from refimpl.engine.generate import SamplingParams, generate
+    from refimpl.engine.programs import Programs
+    from refimpl.model.detokenizer import IncrementalDecoder
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    _refuse_empty(prompt, "the prompt")
+    with Progress() as progress:
+        gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
+        ids = gemma.tokenizer.encode(prompt)
+        tokens = generate(Programs(gemma), ids, params)
+        with progress.waiting("compiling and reading the prompt"):
+            first = next(tokens, None)
+
+    decoder = IncrementalDecoder(gemma.tokenizer)
+    made = []
+    text = "" if as_json else prompt
+    _write(text)
+    while first is not None:
+        made.append(first)
+        piece = "" if first.ends_text else decoder.push(first.id)
+        text += piece
+        _write("" if as_json else piece)
+        first = next(tokens, None)
+    rest = decoder.flush()
+    _write("" if as_json else rest + "\n")
+    if as_json:
+        is_stopped = bool(made) and made[-1].ends_text
+        _print_json({
+            "model": str(gemma.path.name),
+            "prompt": prompt,
+            "prompt_ids": ids,
+            "text": text + rest,
+            "ids": [token.id for token in made],
+            "logprobs": [token.logprob for token in made],
+            "finish_reason": "stop" if is_stopped else "length",
+        })  # fmt: skip
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    '`refimpl score "The capital of France is Paris."`\n\n'
+    "`refimpl score --file essay.txt --json`"
+)
+def score(
+    text: Annotated[str | None, typer.Argument(help="Text to score.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="A UTF-8 file to score instead.")
+    ] = None,
+    model: ModelOption = None,
+    numerics: NumericsOption = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Print the log-probability of each token of a text, given those before it."""
+    from refimpl.engine.generate import score as score_ids
+    from refimpl.engine.programs import Programs
+
+    wanted = _read_text(text, file)
+    with Progress() as progress:
+        gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
+        ids = gemma.tokenizer.encode(wanted)
+        logprobs = score_ids(
+            Programs(gemma), ids, progress=lambda done, of: progress.update("scoring", done, of)
+        )
+    pieces = [gemma.tokenizer.piece(i) for i in ids]
+    if as_json:
+        _print_json({"tokens": pieces, "ids": ids, "logprobs": logprobs})
+    else:
+        _print_scores(pieces, ids, logprobs)
+
+
+@app.command(epilog="Example:\n\n`refimpl models`")
+def models(as_json: JsonOption = False) -> None:
+    """List the models that have names, and whether they are on this machine."""
+    from refimpl.model.registry import DEFAULT, REGISTRY
+
+    rows = [
+        {
+            "id": entry.id,
+            "tags": list(entry.tags),
+            "parameters": entry.config.parameter_count,
+            "context": entry.config.context_length,
+            "origin": entry.origin,
+            "is_local": entry.is_local(),
+            "is_default": entry is DEFAULT,
+        }
+        for entry in REGISTRY
+    ]
+    if as_json:
+        _print_json({"models": rows})
+    else:
+        _print_models(rows)
+
+
+def _print_models(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, justify in (
+        ("id", "left"), ("tags", "left"), ("parameters", "right"), ("context", "right"),
+        ("from", "left"), ("here", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
+    for row in rows:
+        table.add_row(
+            row["id"] + (" (default)" if row["is_default"] else ""),
+            ", ".join(row["tags"]),
+            _short(row["parameters"]),
+            f"{row['context']:,}",
+            row["origin"],
+            "yes" if row["is_local"] else "no",
+        )
+    # A file or pipe has no width; a table folded to 80 columns there would be of no use to grep.
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
+def _print_scores(pieces: list[str], ids: list[int], logprobs: list[float | None]) -> None:
+    for piece, token_id, logprob in zip(pieces, ids, logprobs, strict=True):
+        value = "      -" if logprob is None else f"{logprob:8.4f}"
+        print(f"{value:>9}  {token_id:>6}  {piece!r}")
+    known = [value for value in logprobs if value is not None]
+    if known:
+        total = sum(known)
+        print(f"{total:9.4f}  in all, {total / len(known):.4f} per token")
+
+
+def _read_text(text: str | None, file: Path | None) -> str:
+    if (text is None) == (file is None):
+        raise InvalidRequestError("give either TEXT or --file FILE; see `refimpl score --help`")
+    if file is None:
+        assert text is not None
+        return _refuse_empty(text, "the text")
+    try:
+        return _refuse_empty(file.read_text(encoding="utf-8"), f"the file {file}")
+    except OSError as error:
+        raise InvalidRequestError(f"cannot read {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{file} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
+
+
+def _refuse_empty(text: str, what: str) -> str:
+    if not text:
+        raise InvalidRequestError(f"{what} is empty: give at least one character")
+    return text
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,97 @@
+"""A model ready to run: architecture, numerics, weights as plain arrays, and tokenizer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from refimpl_weights.gguf import GGUFFile
+
+from refimpl.errors import CheckpointError
+from refimpl.model.checkpoint import Checkpoint, load_model, open_checkpoint, read_json
+from refimpl.model.config import GemmaConfig
+from refimpl.model.numerics import FLOAT32, Numerics
+from refimpl.model.tokenizer import Tokenizer
+from refimpl.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Gemma:
+    """What programs need of a model.
+
+    The module is split once into its graph and a plain tree of arrays, because passing an NNX
+    module or state through `jax.jit` walks it in Python at every call.
+
+    Attributes:
+        path: where the checkpoint lies.
+        config: the architecture.
+        numerics: where the forward pass rounds.
+        graph: the module without its arrays.
+        parameters: the arrays, a tree that `jax.jit` takes as it is.
+        tokenizer: text to ids and back.
+        eos_ids: every id that ends a text, as checkpoint and tokenizer name them.
+    """
+
+    path: Path
+    config: GemmaConfig
+    numerics: Numerics
+    graph: nnx.GraphDef[Transformer]
+    parameters: Mapping[str, Any]
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that may be sampled. The embedding may have more rows; their logits mean nothing."""
+        return min(self.config.vocab_size, self.tokenizer.vocab_size)
+
+    def module(self, parameters: Mapping[str, Any]) -> Transformer:
+        """The module around these arrays; for use inside a compiled function."""
+        return nnx.merge(self.graph, parameters)
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    numerics: Numerics = FLOAT32,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Gemma:
+    """Load a model from a GGUF file or a Hugging Face folder.
+
+    Args:
+        path: a file `x.gguf`, or a folder with config.json, safetensors and tokenizer.json.
+        numerics: where the forward pass rounds.
+        cache_dir: folder that keeps what is derived from a GGUF vocabulary; None keeps nothing.
+        progress: called with parameters read so far and in all.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError: the checkpoint is not complete, sound and of
+            an architecture that we carry.
+    """
+    checkpoint = open_checkpoint(path)
+    tokenizer = _tokenizer(checkpoint, cache_dir)
+    graph, state = nnx.split(load_model(checkpoint, numerics, progress=progress))
+    return Gemma(
+        path=checkpoint.path,
+        config=checkpoint.config,
+        numerics=numerics,
+        graph=graph,
+        parameters=nnx.to_pure_dict(state),
+        tokenizer=tokenizer,
+        eos_ids=tuple(dict.fromkeys((*checkpoint.config.eos_ids, *tokenizer.eos_ids))),
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint, cache_dir: Path | None) -> Tokenizer:
+    if isinstance(checkpoint.source, GGUFFile):
+        return Tokenizer.from_gguf(checkpoint.source.metadata, cache_dir=cache_dir)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"there is no tokenizer.json in {folder}; fetch it from where the weights come from"
+        )
+    config = read_json(config_file) if config_file.is_file() else {}
+    return Tokenizer.from_file(file, tokenizer_config=config, eos_ids=checkpoint.config.eos_ids)
