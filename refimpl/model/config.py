@@ -5,11 +5,16 @@ differs from layer to layer is resolved here, once, into a tuple of `LayerSpec`,
 code asks for numbers and never for a generation.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
 from refimpl.errors import ConfigError
+
+# Far above any model. A damaged count must not become a tuple that fills the memory.
+MOST_LAYERS = 1024
 
 
 class AttentionKind(StrEnum):
@@ -68,7 +73,7 @@ class GemmaConfig:
         layer_kinds: local or global, for each layer.
         window: keys a local layer sees, the query's own included.
         context_length: positions the model was made for.
-        rope: rotary embedding of each kind of layer.
+        local_rope, global_rope: rotary embedding of each kind of layer.
         query_scalar: scores are scaled by query_scalar ** -0.5. Not always the head width.
         attention_cap: soft cap of attention scores, or None.
         final_cap: soft cap of logits, or None.
@@ -110,39 +115,59 @@ class GemmaConfig:
         Raises:
             ConfigError: listing every contradiction.
         """
-        faults = [
-            f"{name} must be at least 1, got {getattr(self, name)}"
-            for name in (
-                "vocab_size",
-                "width",
-                "num_heads",
-                "head_width",
-                "num_kv_heads",
-                "feed_forward_width",
-                "context_length",
-            )
-            if getattr(self, name) < 1
-        ]
+        faults = [*self._size_faults(), *self._number_faults(), *self._id_faults()]
+        if faults:
+            raise ConfigError("this is not a Gemma configuration: " + "; ".join(faults))
+
+    def _size_faults(self) -> Iterator[str]:
+        for name in (
+            "vocab_size",
+            "width",
+            "num_heads",
+            "head_width",
+            "num_kv_heads",
+            "feed_forward_width",
+            "context_length",
+        ):
+            if getattr(self, name) < 1:
+                yield f"{name} must be at least 1, got {getattr(self, name)}"
         if not self.layer_kinds:
-            faults.append("there must be at least one layer, got none")
+            yield "there must be at least one layer, got none"
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
-            faults.append(
+            yield (
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
                 f"{self.num_kv_heads}"
             )
         if self.head_width % 2:
-            faults.append(f"head_width must be even for rotary embedding, got {self.head_width}")
+            yield f"head_width must be even for rotary embedding, got {self.head_width}"
         if AttentionKind.LOCAL in self.layer_kinds and (self.window is None or self.window < 1):
-            faults.append(f"local layers need a window of at least 1, got {self.window}")
-        for name in ("query_scalar", "norm_epsilon"):
-            if not getattr(self, name) > 0:
-                faults.append(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("attention_cap", "final_cap"):
-            cap = getattr(self, name)
-            if cap is not None and not cap > 0:
-                faults.append(f"{name} must be above 0 or absent, got {cap}")
-        if faults:
-            raise ConfigError("this is not a Gemma configuration: " + "; ".join(faults))
+            yield f"local layers need a window of at least 1, got {self.window}"
+
+    def _number_faults(self) -> Iterator[str]:
+        numbers = {
+            "query_scalar": self.query_scalar,
+            "norm_epsilon": self.norm_epsilon,
+            "attention_cap": self.attention_cap,
+            "final_cap": self.final_cap,
+            "local_rope.theta": self.local_rope.theta,
+            "local_rope.factor": self.local_rope.factor,
+            "global_rope.theta": self.global_rope.theta,
+            "global_rope.factor": self.global_rope.factor,
+        }
+        for name, number in numbers.items():
+            if number is not None and not 0 < number < math.inf:
+                yield f"{name} must be above 0 and finite, got {number}"
+
+    def _id_faults(self) -> Iterator[str]:
+        # An id past the last row of the table would read, or wait for, a token that there is not.
+        for name, ids in (
+            ("pad_id", (self.pad_id,)),
+            ("bos_id", (self.bos_id,)),
+            ("eos_ids", self.eos_ids),
+        ):
+            strange = [i for i in ids if not 0 <= i < self.vocab_size]
+            if strange:
+                yield f"{name} must lie below vocab_size {self.vocab_size}, got {strange}"
 
     @property
     def num_layers(self) -> int:
@@ -189,7 +214,16 @@ def periodic_kinds(num_layers: int, *, period: int) -> tuple[AttentionKind, ...]
 
     >>> [kind.value for kind in periodic_kinds(4, period=2)]
     ['local', 'global', 'local', 'global']
+
+    Raises:
+        ConfigError: a period below 1, or too many layers.
     """
+    if period < 1:
+        raise ConfigError(
+            f"local and global layers must alternate with a period of 1 or more, got {period}"
+        )
+    if num_layers > MOST_LAYERS:
+        raise ConfigError(f"there must be at most {MOST_LAYERS} layers, got {num_layers}")
     return tuple(
         AttentionKind.LOCAL if (i + 1) % period else AttentionKind.GLOBAL for i in range(num_layers)
     )

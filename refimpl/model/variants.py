@@ -23,7 +23,7 @@ def _gemma1(layers: int, width: int, heads: int, kv_heads: int, feed_forward: in
         layer_kinds=periodic_kinds(layers, period=1),
         window=None,
         context_length=8192,
-        query_scalar=256,
+        query_scalar=256.0,
     )
 
 
@@ -35,7 +35,7 @@ def _gemma2(
     feed_forward: int,
     *,
     head_width: int = 256,
-    query_scalar: float = 256,
+    query_scalar: float = 256.0,
 ) -> GemmaConfig:
     return GemmaConfig(
         family="gemma2",
@@ -67,7 +67,7 @@ def _gemma3(
     context_length: int = 131_072,
     factor: float = 8.0,
     head_width: int = 256,
-    query_scalar: float = 256,
+    query_scalar: float = 256.0,
 ) -> GemmaConfig:
     return GemmaConfig(
         family="gemma3_text",
@@ -99,7 +99,7 @@ _VAULTGEMMA_1B = GemmaConfig(
     layer_kinds=(AttentionKind.GLOBAL,) * 26,
     window=512,
     context_length=1024,
-    query_scalar=256,
+    query_scalar=256.0,
 )
 
 # Gemma 3's smaller two were trained at 32k without interpolation, on the tokenizer's exact size.
@@ -114,14 +114,14 @@ VARIANTS: Mapping[str, GemmaConfig] = MappingProxyType(
         "gemma-2-2b": _gemma2(26, 2304, 8, 4, 9216),
         "gemma-2-9b": _gemma2(42, 3584, 16, 8, 14336),
         # 27B scales by width / heads = 144, not by its head width of 128.
-        "gemma-2-27b": _gemma2(46, 4608, 32, 16, 36864, head_width=128, query_scalar=144),
+        "gemma-2-27b": _gemma2(46, 4608, 32, 16, 36864, head_width=128, query_scalar=144.0),
         "vaultgemma-1b": _VAULTGEMMA_1B,
         "gemma-3-270m": _gemma3(18, 640, 4, 1, 2048, **_SMALL_GEMMA3),
         "gemma-3-1b": _gemma3(26, 1152, 4, 1, 6912, **_SMALL_GEMMA3),
         "gemma-3-4b": _gemma3(34, 2560, 8, 4, 10240),
         "gemma-3-12b": _gemma3(48, 3840, 16, 8, 15360),
         # 27B scales by width / heads = 168, not by its head width of 128.
-        "gemma-3-27b": _gemma3(62, 5376, 32, 16, 21504, head_width=128, query_scalar=168),
+        "gemma-3-27b": _gemma3(62, 5376, 32, 16, 21504, head_width=128, query_scalar=168.0),
     }
 )
 
