@@ -12,7 +12,7 @@ from typing import Any
 from refimpl.errors import ConfigError
 from refimpl.model import hf_keys
 from refimpl.model.config import AttentionKind, GemmaConfig, RopeSpec, periodic_kinds
-from refimpl.model.value_kinds import IDS, NUMBER, TEXT, kind_faults
+from refimpl.model.value_kinds import IDS, NUMBER, TEXT, kind_faults, optional_float
 
 _NESTED = {"gemma3": "gemma3_text"}
 _ARCHITECTURES = {
@@ -63,8 +63,8 @@ def from_hugging_face(
         local_rope=local_rope,
         global_rope=global_rope,
         query_scalar=float(values["head_dim" if is_gemma1 else "query_pre_attn_scalar"]),
-        attention_cap=_optional_float(values["attn_logit_softcapping"]),
-        final_cap=_optional_float(values["final_logit_softcapping"]),
+        attention_cap=optional_float(values["attn_logit_softcapping"]),
+        final_cap=optional_float(values["final_logit_softcapping"]),
         has_query_key_norm=is_gemma3,
         has_post_norms=family in ("gemma2", "gemma3_text"),
         norm_epsilon=float(values["rms_norm_eps"]),
@@ -234,10 +234,6 @@ def _rope_object(rope: RopeSpec) -> dict[str, Any]:
     if rope.factor == 1.0:
         return {"rope_type": "default", "rope_theta": rope.theta}
     return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
-
-
-def _optional_float(value: float | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def _eos_ids(*places: Mapping[str, Any]) -> tuple[int, ...]:

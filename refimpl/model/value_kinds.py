@@ -72,3 +72,8 @@ def kind_faults(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[st
         for key, kind in kinds.items()
         if values.get(key) is not None and not kind.accepts(values[key])
     ]
+
+
+def optional_float(value: float | None) -> float | None:
+    """A number that a file may give as an integer, or leave out."""
+    return None if value is None else float(value)
