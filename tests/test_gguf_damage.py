@@ -12,9 +12,9 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refimpl_weights import gguf_cursor
 from refimpl_weights.errors import FormatError, MissingError, UnsupportedError, WeightsError
 from refimpl_weights.gguf import GGUFFile
+from refimpl_weights.gguf_cursor import MAX_HEADER_BYTES, Cursor, opened
 from refimpl_weights.quantized import QuantizedArray
 
 from tests.gguf_files import Pair, Tensor, Type, build, listed, open_bytes, random_rows, string
@@ -201,7 +201,7 @@ class TestDamage:
 
     def test_a_header_longer_than_any_we_know_is_not_read(self, tmp_path: Path) -> None:
         path = tmp_path / "model.gguf"
-        length = 2 * gguf_cursor.MAX_HEADER_BYTES
+        length = 2 * MAX_HEADER_BYTES
         pair = Pair("k", GGUFValueType.STRING, struct.pack("<Q", length))
         content = build(pairs=[pair])
         path.write_bytes(content)
@@ -242,6 +242,15 @@ class TestMissing:
         os.truncate(file.path, file.path.stat().st_size - 250)
         with pytest.raises(FormatError, match="got 6 bytes of tensor 'w', expected"):
             file.read("w")
+
+    def test_a_file_that_shrinks_while_its_header_is_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.gguf"
+        path.write_bytes(bytes(100))
+        with opened(path) as file:
+            cursor = Cursor(path, file)
+            os.truncate(path, 10)
+            with pytest.raises(FormatError, match="it had 100 bytes and shrank while it was read"):
+                cursor.need(11, what="a header")
 
 
 @pytest.fixture(scope="module")
