@@ -1,0 +1,196 @@
+"""The vocabulary in the header of a GGUF file.
+
+Owns the `tokenizer.*` keys that say which ids a text becomes, and what llama.cpp's converters do to
+the pieces on the way. For Gemma 1 to 3n (`tokenizer.ggml.model` is "llama") the file has the pieces
+and scores of the SentencePiece model; for Gemma 4 ("gemma4") it has ranked merges, and scores that
+mean nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from refimpl.errors import TokenizerError
+from refimpl.model.merges import cached_merges
+from refimpl.model.vocabulary import (
+    SPACE,
+    Vocabulary,
+    is_always_control,
+    is_spare,
+    to_merges,
+    with_tab,
+)
+
+_MODEL = "tokenizer.ggml.model"
+_TOKENS = "tokenizer.ggml.tokens"
+_SCORES = "tokenizer.ggml.scores"
+_TYPES = "tokenizer.ggml.token_type"
+_MERGES = "tokenizer.ggml.merges"
+
+# Keys that would change the ids of a text if they were other than Gemma's. Gemma adds no space in
+# front, keeps every space, and normalises nothing.
+_MUST_BE_OFF = (
+    "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.remove_extra_whitespaces",
+    "tokenizer.ggml.precompiled_charsmap",
+)
+
+# Keys that do not bear on the ids of a text: roles of ids (`Tokenizer` reads some of them), what
+# llama.cpp puts around a prompt by default (`encode` is told by its caller), chat templates.
+_HARMLESS = frozenset(
+    [
+        *(
+            f"tokenizer.ggml.{name}_token_id"
+            for name in (
+                *("bos", "eos", "eot", "eom", "unknown", "padding", "mask", "cls", "seperator"),
+                *("prefix", "suffix", "middle", "fsep"),
+                *("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"),
+            )
+        ),
+        *(f"tokenizer.ggml.add_{name}_token" for name in ("bos", "eos", "sep")),
+        "tokenizer.ggml.token_type_count",
+        "tokenizer.huggingface.json",
+    ]
+)
+_PREFIX_OF_TEMPLATES = "tokenizer.chat_template"
+
+
+class PieceType(IntEnum):
+    """`tokenizer.ggml.token_type`, with the numbers of SentencePiece's own enumeration."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def read_gguf_vocabulary(metadata: Mapping[str, Any], *, cache_dir: Path | None) -> Vocabulary:
+    """The vocabulary in a GGUF header's metadata.
+
+    Args:
+        metadata: all keys of the header; those that do not begin with "tokenizer." are not looked
+            at.
+        cache_dir: where derived merges are kept, see `cached_merges`.
+
+    Raises:
+        TokenizerError: keys are missing, unknown, or do not fit together.
+    """
+    _check_keys(metadata)
+    # User-defined pieces come with real spaces in them, all others with "▁".
+    pieces = with_tab([token.replace(" ", SPACE) for token in metadata[_TOKENS]])
+    types = _read_types(metadata, pieces)
+    ids = {piece: piece_id for piece_id, piece in enumerate(pieces)}
+    if len(ids) < len(pieces):
+        twice = [piece for piece, count in Counter(pieces).items() if count > 1]
+        raise TokenizerError(
+            f"{_TOKENS} lists {len(twice)} pieces more than once, {twice[:3]} among them; expected "
+            "one id for each. The file is damaged, or its strings were changed on the way"
+        )
+    # All but a few thousand pieces are normal.
+    marked = {i: kind for i, kind in enumerate(types) if kind != PieceType.NORMAL}
+    control = frozenset(
+        i for i, kind in marked.items() if _is_control(pieces[i], kind, model=metadata[_MODEL])
+    )
+    return Vocabulary(
+        ids=ids,
+        merges=_merges(metadata, pieces, types, cache_dir=cache_dir),
+        verbatim=tuple(
+            AddedToken(pieces[i], normalized=False)
+            for i, kind in marked.items()
+            if kind in (PieceType.CONTROL, PieceType.USER_DEFINED) and i not in control
+        ),
+        control=control,
+    )
+
+
+def _check_keys(metadata: Mapping[str, Any]) -> None:
+    model = metadata.get(_MODEL)
+    wanted = {"llama": (_TOKENS, _TYPES, _SCORES), "gemma4": (_TOKENS, _TYPES, _MERGES)}
+    if model not in wanted:
+        raise TokenizerError(
+            f"{_MODEL} is {model!r}, expected one of {sorted(wanted)}, the kinds of vocabulary "
+            "that Gemma has; convert the model again, with its tokenizer.model beside it"
+        )
+    if missing := [key for key in wanted[model] if key not in metadata]:
+        raise TokenizerError(
+            f"the GGUF header lacks {', '.join(missing)}, without which a {model!r} vocabulary "
+            "gives no ids; convert the model again"
+        )
+    for key in _MUST_BE_OFF:
+        if metadata.get(key):
+            raise TokenizerError(
+                f"{key} is {metadata[key]!r:.50}, expected it to be off or absent: Gemma takes "
+                "text as it is; convert the model again"
+            )
+    known = {_MODEL, "tokenizer.ggml.pre", _TOKENS, _SCORES, _TYPES, _MERGES, *_MUST_BE_OFF}
+    for key in metadata:
+        if (
+            key.startswith("tokenizer.")
+            and not key.startswith(_PREFIX_OF_TEMPLATES)
+            and key not in known | _HARMLESS
+        ):
+            raise TokenizerError(
+                f"the GGUF header has the key {key!r}, of which this reader does not know whether "
+                "it changes the ids of a text; use a newer version of this program"
+            )
+
+
+def _read_types(metadata: Mapping[str, Any], pieces: list[str]) -> list[int]:
+    types: list[int] = metadata[_TYPES]
+    if len(types) != len(pieces):
+        raise TokenizerError(
+            f"{_TYPES} has {len(types)} items and {_TOKENS} {len(pieces)}, expected as many; the "
+            "file is damaged"
+        )
+    if unknown := set(types) - set(PieceType):
+        raise TokenizerError(
+            f"{_TYPES} has the values {sorted(unknown)}, expected 1 to 6; use a newer version of "
+            "this program"
+        )
+    # A byte that `with_tab` spelled as a character has become a normal piece.
+    return [
+        PieceType.NORMAL if piece == "\t" and kind == PieceType.BYTE else kind
+        for piece, kind in zip(pieces, types, strict=True)
+    ]
+
+
+def _is_control(piece: str, kind: int, *, model: str) -> bool:
+    if is_always_control(piece):
+        return True
+    if kind not in (PieceType.UNKNOWN, PieceType.CONTROL):
+        return False
+    # Gemma 4's types are Hugging Face's own; the others went through llama.cpp's guess by spelling.
+    return model == "gemma4" or not is_spare(piece)
+
+
+def _merges(
+    metadata: Mapping[str, Any], pieces: list[str], types: list[int], *, cache_dir: Path | None
+) -> list[tuple[str, str]]:
+    """The stored merges, or else those that follow from the scores."""
+    if metadata[_MODEL] == "gemma4":
+        return to_merges(metadata[_MERGES], where=_MERGES)
+
+    scores: list[float] = metadata[_SCORES]
+    if len(scores) != len(pieces):
+        raise TokenizerError(
+            f"{_SCORES} has {len(scores)} items and {_TOKENS} {len(pieces)}, expected as many; the "
+            "file is damaged"
+        )
+    mergeable = {
+        piece: i
+        for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
+        if kind in (PieceType.NORMAL, PieceType.USER_DEFINED)
+    }
+    # SentencePiece gives all user-defined pieces the score 0, llama.cpp's converter -1000.
+    scores = [
+        score if kind == PieceType.NORMAL else 0.0
+        for score, kind in zip(scores, types, strict=True)
+    ]
+    left, right = cached_merges(mergeable, scores, cache_dir=cache_dir).T.tolist()
+    return [(pieces[i], pieces[j]) for i, j in zip(left, right, strict=True)]
