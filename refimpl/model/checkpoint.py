@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -26,25 +25,29 @@ from refimpl_weights.source import TensorSource
 from refimpl.errors import CheckpointError
 from refimpl.model import names
 from refimpl.model.config import GemmaConfig
+from refimpl.model.device import to_device
 from refimpl.model.gguf_config import from_gguf
 from refimpl.model.hf_config import from_hugging_face
-from refimpl.model.join import join_outputs
 from refimpl.model.numerics import FLOAT32, Numerics
 from refimpl.model.transformer import Transformer
 
 Progress = Callable[[int, int], None]
 
+_WHAT_A_CHECKPOINT_IS = (
+    "a checkpoint is a .gguf file, or a folder with config.json and safetensors files"
+)
 _MOST_FAULTS_SHOWN = 40
-# Bytes; XLA shares a host buffer that starts at a multiple of this.
-_ALIGNMENT = 64
+# What the kernels widen without loss. A tensor of integers belongs to a quantization that we do not
+# know, and a float64 would lose bits.
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint whose architecture is known, and of which no tensor has been read.
+    """An open checkpoint whose architecture is known, and of which no tensor is in memory.
 
     Attributes:
-        path: the file or folder.
+        path: the file or folder that it was opened with.
         config: the architecture.
         source: the tensors.
         available: the text decoder's tensors: our table's name, and the file's.
@@ -64,7 +67,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read headers and configuration of a GGUF file or a Hugging Face folder.
 
     Args:
-        path: a file `x.gguf`, or a folder with `config.json` and safetensors.
+        path: a file `x.gguf`; a folder with `config.json` and safetensors; or one of its files,
+            `x.safetensors` or `x.index.json`, where the folder holds several.
 
     Raises:
         CheckpointError: nothing there, or not a checkpoint.
@@ -72,11 +76,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
-        if path.is_file():
-            return _open_gguf(path)
-        return _open_hugging_face(path)
+        if not path.exists():
+            raise CheckpointError(f"there is nothing at {path}; {_WHAT_A_CHECKPOINT_IS}")
+        if path.is_dir() or path.name.endswith((".safetensors", ".index.json")):
+            return _open_hugging_face(path)
+        return _open_gguf(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot open {path}: {error}; {_WHAT_A_CHECKPOINT_IS}") from error
 
 
 def load_model(
@@ -89,17 +97,18 @@ def load_model(
         progress: called with parameters read so far and in all.
 
     Raises:
-        CheckpointError: listing every tensor that is missing, unused, mis-shaped or not finite.
+        CheckpointError: listing every tensor that is missing, unused, mis-shaped, mistyped,
+            unreadable or not finite.
     """
     graph, state = nnx.split(
         nnx.eval_shape(lambda: Transformer(checkpoint.config, numerics, rngs=nnx.Rngs(0)))
     )
     wanted = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
-    plan = _plan(checkpoint, wanted)
-    try:
-        arrays = _read_all(checkpoint, plan, wanted, progress or _no_progress)
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
+    plan, faults = _plan(checkpoint, wanted)
+    arrays, more_faults = _read_all(
+        checkpoint, plan, wanted, progress or _no_progress, keep=not faults
+    )
+    _raise_if(faults + more_faults, checkpoint)
     return nnx.merge(graph, nnx.traversals.unflatten_mapping(arrays))
 
 
@@ -115,12 +124,13 @@ def _open_gguf(path: Path) -> Checkpoint:
     return _checkpoint(path, config, file, available, (), names.gguf_sources(config))
 
 
-def _open_hugging_face(folder: Path) -> Checkpoint:
+def _open_hugging_face(path: Path) -> Checkpoint:
+    folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json")
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
     architecture = from_hugging_face(config, generation=generation)
-    source = SafetensorsCheckpoint(folder)
+    source = SafetensorsCheckpoint(path)
     available, ignored = names.strip_prefix(source.names())
     head, table = available.get("lm_head.weight"), available.get("embed_tokens.weight")
     if head is not None and table is not None and architecture.has_tied_head:
@@ -128,7 +138,7 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
         tied = _is_alias(source, head, table)
         architecture = replace(architecture, has_tied_head=tied)
     sources = names.hugging_face_sources(architecture)
-    return _checkpoint(folder, architecture, source, available, ignored, sources)
+    return _checkpoint(path, architecture, source, available, ignored, sources)
 
 
 def _checkpoint(
@@ -141,7 +151,7 @@ def _checkpoint(
 ) -> Checkpoint:
     if config.has_tied_head:
         # What is left under these names is an alias of the embedding.
-        available = {k: v for k, v in available.items() if k not in names.HEAD_NAMES}
+        available = {k: v for k, v in available.items() if k not in names.HEADS}
     return Checkpoint(path, config, source, available, ignored, sources)
 
 
@@ -155,10 +165,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"there is no {path.name} in {path.parent}; a checkpoint is a .gguf file or a folder "
-            "with config.json and safetensors files"
+            f"there is no {path.name} in {path.parent}; {_WHAT_A_CHECKPOINT_IS}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -186,8 +195,8 @@ def _parts(array: np.ndarray | QuantizedArray) -> tuple[Any, ...]:
 
 def _plan(
     checkpoint: Checkpoint, wanted: Mapping[names.Path, tuple[int, ...]]
-) -> dict[names.Path, tuple[str, ...]]:
-    """The file's tensors for each of our parameters, or one error with all that does not fit."""
+) -> tuple[dict[names.Path, tuple[str, ...]], list[str]]:
+    """The file's tensors for each of our parameters, and all that does not fit."""
     faults: list[str] = []
     plan: dict[names.Path, tuple[str, ...]] = {}
     used: set[str] = set()
@@ -202,29 +211,30 @@ def _plan(
         faults += [f"missing: {name}" for name in missing]
         if not missing:
             plan[path] = tuple(checkpoint.available[name] for name in chosen)
-            faults += _shape_faults(checkpoint.source, plan[path], shape)
+            faults += _shape_faults(checkpoint, path, plan[path], shape)
     faults += [f"unused: {full}" for name, full in checkpoint.available.items() if name not in used]
-    _raise_if(faults, checkpoint)
-    return plan
+    return plan, faults
 
 
 def _shape_faults(
-    source: TensorSource, tensors: tuple[str, ...], wanted: tuple[int, ...]
+    checkpoint: Checkpoint, path: names.Path, tensors: tuple[str, ...], wanted: tuple[int, ...]
 ) -> list[str]:
     """What is wrong with the shapes, given that joined and transposed they must be `wanted`."""
-    shapes = {name: source.shape(name) for name in tensors}
     if len(wanted) == 1:
-        expected, fits = wanted, all(shape == wanted for shape in shapes.values())
+        expected = [wanted]
+    elif len(tensors) == 1:
+        expected = [wanted[::-1]]
     else:
-        inputs, outputs = wanted
-        expected = (outputs, inputs)
-        fits = all(len(shape) == 2 and shape[1] == inputs for shape in shapes.values())
-        fits = fits and sum(shape[0] for shape in shapes.values()) == outputs
-    if fits:
-        return []
-    together = " together" if len(shapes) > 1 else ""
-    got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    return [f"mis-shaped: expected {expected}{together}, got {got}"]
+        # One by one: a query too narrow and a key too wide would add up to the right sum.
+        expected = [
+            (outputs, wanted[0]) for outputs in names.joined_outputs(checkpoint.config, path)
+        ]
+    shapes = [checkpoint.source.shape(name) for name in tensors]
+    return [
+        f"mis-shaped: {name} is {got}, expected {shape}"
+        for name, got, shape in zip(tensors, shapes, expected, strict=True)
+        if got != shape
+    ]
 
 
 def _read_all(
@@ -232,54 +242,41 @@ def _read_all(
     plan: Mapping[names.Path, tuple[str, ...]],
     wanted: Mapping[names.Path, tuple[int, ...]],
     progress: Progress,
-) -> dict[names.Path, Array | QuantizedMatrix]:
+    *,
+    keep: bool,
+) -> tuple[dict[names.Path, Array | QuantizedMatrix], list[str]]:
+    """Every parameter, and what is wrong with the tensors' content.
+
+    From the first fault on, or from the start unless `keep`, tensors are only looked through.
+    """
     total = sum(int(np.prod(shape)) for shape in wanted.values())
     done, faults = 0, []
     arrays: dict[names.Path, Array | QuantizedMatrix] = {}
     for path, tensors in plan.items():
-        read = [checkpoint.source.read(name) for name in tensors]
-        faults += [
-            f"not finite: {name}"
-            for name, array in zip(tensors, read, strict=True)
-            if not _is_finite(array)
-        ]
-        arrays[path] = _to_device(read)
+        read: list[np.ndarray | QuantizedArray] = []
+        for name in tensors:
+            try:
+                read.append(checkpoint.source.read(name))
+            except WeightsError as error:
+                faults.append(f"unreadable: {error}")
+            else:
+                faults += _content_faults(name, read[-1])
+        if keep and not faults:
+            arrays[path] = to_device(read)
         done += int(np.prod(wanted[path]))
         progress(done, total)
-    _raise_if(faults, checkpoint)
-    return arrays
+    return arrays, faults
 
 
-def _to_device(parts: list[np.ndarray | QuantizedArray]) -> Array | QuantizedMatrix:
-    """One tensor or several joined along the outputs, transposed to [i, o]."""
-    whole = parts[0] if len(parts) == 1 else join_outputs(parts)
-    parts.clear()  # the joined array is a copy, and the originals need not live beside it
-    if isinstance(whole, QuantizedArray):
-        return QuantizedMatrix(
-            values=_transposed(whole.values),
-            scales=_transposed(whole.scales),
-            minimums=None if whole.minimums is None else _transposed(whole.minimums),
-        )
-    return jnp.asarray(whole) if whole.ndim == 1 else _transposed(whole)
-
-
-def _transposed(array: np.ndarray, *, band: int = 512) -> Array:
-    """A transposed copy on the device.
-
-    Made in bands that fit the processor's cache, several times faster than in one go, and in
-    memory aligned so that a CPU device takes it over without another copy.
-    """
-    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    turned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape[::-1])
-    for row in range(0, array.shape[0], band):
-        turned[:, row : row + band] = array[row : row + band].T
-    return jax.device_put(turned, may_alias=True)
-
-
-def _is_finite(array: np.ndarray | QuantizedArray) -> bool:
-    floats = [part for part in _parts(array)[-2:] if part is not None and part.dtype != np.int8]
-    return all(bool(np.isfinite(part).all()) for part in floats)
+def _content_faults(name: str, array: np.ndarray | QuantizedArray) -> list[str]:
+    if isinstance(array, QuantizedArray):
+        floats = [part for part in (array.scales, array.minimums) if part is not None]
+    elif array.dtype in _FLOATS:
+        floats = [array]
+    else:
+        expected = ", ".join(dtype.name for dtype in _FLOATS)
+        return [f"mistyped: {name} is {array.dtype.name}, expected one of {expected}"]
+    return [] if all(bool(np.isfinite(part).all()) for part in floats) else [f"not finite: {name}"]
 
 
 def _raise_if(faults: list[str], checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from refimpl.errors import CheckpointError
 from refimpl.model.config import GemmaConfig
 
 # The path of a parameter in the model, such as ("layers", 3, "attention", "output", "weight").
@@ -16,7 +17,9 @@ Path = tuple[Any, ...]
 
 # Longest first, because the last is the beginning of the first.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
-HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")
+HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
+# The head, as the tables below call it.
+HEADS = ("lm_head.weight", "output.weight")
 # Parts of multimodal checkpoints that a text decoder has no use for.
 OTHER_PREFIXES = tuple(
     prefix + part
@@ -102,18 +105,43 @@ def strip_prefix(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]
 
     >>> strip_prefix(["model.norm.weight", "vision_tower.x", "lm_head.weight"])
     ({'norm.weight': 'model.norm.weight', 'lm_head.weight': 'lm_head.weight'}, ('vision_tower.x',))
+
+    Raises:
+        CheckpointError: two names mean the same tensor, so that one of them would go unread.
     """
     ours: dict[str, str] = {}
     others: list[str] = []
+    double: list[str] = []
     for name in names:
         if name.startswith(OTHER_PREFIXES):
             others.append(name)
-        elif name in HEAD_NAMES:
-            ours["lm_head.weight"] = name
-        else:
-            prefix = next((p for p in TEXT_PREFIXES if name.startswith(p)), "")
-            ours[name.removeprefix(prefix)] = name
+            continue
+        prefix = next((p for p in TEXT_PREFIXES if name.startswith(p)), "")
+        bare = "lm_head.weight" if name in HEAD_NAMES else name.removeprefix(prefix)
+        if bare in ours:
+            double.append(f"{ours[bare]} and {name}")
+        ours[bare] = name
+    if double:
+        raise CheckpointError(
+            f"two tensors for one parameter: {', '.join(double)}; keep one text decoder in the file"
+        )
     return ours, tuple(others)
+
+
+def joined_outputs(config: GemmaConfig, path: Path) -> tuple[int, ...]:
+    """How many outputs each tensor has of those that are joined into the parameter at `path`.
+
+    Raises:
+        ValueError: the parameter is one tensor everywhere.
+    """
+    match path:
+        case ("layers", int(layer), "attention", "query_key_value", "weight"):
+            spec = config.layers[layer]
+            key_width = spec.num_kv_heads * spec.head_width
+            return (config.num_heads * spec.head_width, key_width, key_width)
+        case ("layers", int(layer), "feed_forward", "gate_up", "weight"):
+            return (config.layers[layer].feed_forward_width,) * 2
+    raise ValueError(f"nothing is joined into {path}")
 
 
 def _every_layer(layer: _Layer, config: GemmaConfig, prefix: str) -> dict[Path, Sources]:

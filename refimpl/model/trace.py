@@ -14,9 +14,12 @@ The names are a stable interface, the same in notebooks, files and reports:
     layers.3.residual              the stream after the layer
     final_norm                     the stream after the last norm
     logits
+
+Dictionaries lose that order on their way: `jax.jit` returns them sorted by name, and safetensors
+files keep an order of their own. So it is taken from the names wherever it matters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,11 +29,36 @@ import numpy as np
 from jax import Array
 from refimpl_weights.errors import WeightsError
 from refimpl_weights.safetensors import SafetensorsCheckpoint
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from refimpl.errors import TraceError
 
-Trace = Mapping[str, np.ndarray]
+# Within a layer, in the order of the forward pass.
+LAYER_STEPS = (
+    "attention.input",
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.scores",
+    "attention.mixed",
+    "attention.output",
+    "middle",
+    "feed_forward.input",
+    "feed_forward.gate",
+    "feed_forward.up",
+    "feed_forward.output",
+    "residual",
+)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names as the forward pass comes upon them, unknown ones last and as they were.
+
+    >>> in_order(["logits", "layers.10.middle", "layers.2.residual", "layers.2.middle", "embed"])
+    ['embed', 'layers.2.middle', 'layers.2.residual', 'layers.10.middle', 'logits']
+    """
+    return sorted(names, key=_place)
 
 
 @dataclass
@@ -44,11 +72,21 @@ class Taps:
         wanted: shell patterns, such as "layers.*.residual"; a star also spans dots.
         prefix: put before every name.
         values: what was noted, by full name.
+
+    Raises:
+        TraceError: one string in place of a sequence of them.
     """
 
     wanted: Sequence[str] = ()
     prefix: str = ""
     values: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # A string is a sequence of its letters, and the letter "*" would match everything.
+        if isinstance(self.wanted, str):
+            raise TraceError(
+                f"wanted must be a list of patterns, got {self.wanted!r}; put it in []"
+            )
 
     def __call__(self, name: str, value: Array) -> None:
         """Note a value if its name is wanted."""
@@ -68,25 +106,25 @@ def save(path: Path, trace: Mapping[str, Any]) -> None:
     """Write a trace as safetensors, bit for bit.
 
     Raises:
-        TraceError: the file cannot be written.
+        TraceError: the file cannot be written, or a value is no array of numbers.
     """
-    # safetensors wants C order, and np.asarray keeps whatever order the device array had.
-    arrays = {name: np.ascontiguousarray(np.asarray(value)) for name, value in trace.items()}
+    # safetensors wants C order, and a device array comes in whatever order the device chose.
+    arrays = {name: np.asarray(value, order="C") for name, value in trace.items()}
     try:
         save_file(arrays, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise TraceError(f"cannot write the trace {path}: {error}; is the folder there?") from error
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Read a trace that `save` wrote.
+    """Read a trace that `save` wrote, in the order of the forward pass.
 
     Raises:
         TraceError: the file is missing or is not safetensors.
     """
     try:
         file = SafetensorsCheckpoint(path)
-        return {name: np.asarray(file.read(name)) for name in file.names()}
+        return {name: np.asarray(file.read(name)) for name in in_order(file.names())}
     except WeightsError as error:
         raise TraceError(f"cannot read the trace {path}: {error}") from error
 
@@ -115,7 +153,7 @@ class Difference:
 def compare(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], *, bound: float
 ) -> tuple[Difference, ...]:
-    """Differences of the names that both traces have, in the first trace's order.
+    """Differences of the names that both traces have, in the order of the forward pass.
 
     Args:
         bound: largest absolute difference that counts as equal, times max(1, root mean square).
@@ -123,7 +161,7 @@ def compare(
     Raises:
         TraceError: no name in common, or a shape differs.
     """
-    names = [name for name in ours if name in theirs]
+    names = in_order(name for name in ours if name in theirs)
     if not names:
         raise TraceError(
             f"the traces have no name in common: one has {_some(ours)}, the other {_some(theirs)}"
@@ -150,6 +188,19 @@ def report(differences: Sequence[Difference]) -> str:
     return "\n".join(lines)
 
 
+def _place(name: str) -> tuple[int, int, int]:
+    match name.split(".", 2):
+        case ["embed"]:
+            return (0, 0, 0)
+        case ["layers", index, step] if index.isdecimal() and step in LAYER_STEPS:
+            return (1, int(index), LAYER_STEPS.index(step))
+        case ["final_norm"]:
+            return (2, 0, 0)
+        case ["logits"]:
+            return (3, 0, 0)
+    return (4, 0, 0)
+
+
 def _difference(name: str, ours: Any, theirs: Any, bound: float) -> Difference:
     one, other = (np.asarray(side).astype(np.float64) for side in (ours, theirs))
     if one.shape != other.shape:
@@ -159,11 +210,13 @@ def _difference(name: str, ours: Any, theirs: Any, bound: float) -> Difference:
         )
     if one.size == 0:
         return Difference(name, 0.0, 0.0, 0.0, (), True)
-    distance = np.where(np.isnan(one) & np.isnan(other), 0.0, np.abs(one - other))
-    distance[(one == other)] = 0.0  # inf - inf is nan, yet equal
+    with np.errstate(invalid="ignore"):  # inf - inf is nan, yet equal
+        distance = np.asarray(np.abs(one - other))
     distance[np.isnan(distance)] = np.inf
+    distance[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
     where = np.unravel_index(int(distance.argmax()), distance.shape)
-    scale = float(np.sqrt(np.mean(np.square(one[np.isfinite(one)])))) if one.size else 0.0
+    finite = one[np.isfinite(one)]
+    scale = float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 0.0
     largest = float(distance.max())
     return Difference(
         name=name,

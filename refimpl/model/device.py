@@ -1,0 +1,48 @@
+"""Weights as a file holds them, put on the device as the kernels want them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from refimpl_kernels.linear import QuantizedMatrix
+from refimpl_weights.quantized import QuantizedArray
+
+from refimpl.model.join import join_outputs
+
+# Bytes; XLA shares a host buffer that starts at a multiple of this.
+_ALIGNMENT = 64
+
+
+def to_device(parts: list[np.ndarray | QuantizedArray]) -> Array | QuantizedMatrix:
+    """One tensor, or several joined along the outputs, in the precision of the file.
+
+    Args:
+        parts: vectors as they are, or matrices "o i", which become "i o". The list is emptied: the
+            joined matrix is a copy, and the parts need not live beside it.
+
+    Raises:
+        CheckpointError: quantized parts whose blocks do not divide one another.
+    """
+    whole = parts[0] if len(parts) == 1 else join_outputs(parts)
+    parts.clear()
+    if isinstance(whole, QuantizedArray):
+        return QuantizedMatrix(
+            values=_transposed(whole.values),
+            scales=_transposed(whole.scales),
+            minimums=None if whole.minimums is None else _transposed(whole.minimums),
+        )
+    return jnp.asarray(whole) if whole.ndim == 1 else _transposed(whole)
+
+
+def _transposed(array: np.ndarray, *, band: int = 512) -> Array:
+    """A transposed copy on the device.
+
+    Made in bands that fit the processor's cache, several times faster than in one go, and in
+    memory aligned so that a CPU device takes it over without another copy.
+    """
+    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    turned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape[::-1])
+    for row in range(0, array.shape[0], band):
+        turned[:, row : row + band] = array[row : row + band].T
+    return jax.device_put(turned, may_alias=True)
