@@ -159,6 +159,8 @@ class GemmaConfig:
                 yield f"{name} must be above 0 and finite, got {number}"
 
     def _id_faults(self) -> Iterator[str]:
+        if self.vocab_size < 1:
+            return
         # An id past the last row of the table would read, or wait for, a token that there is not.
         for name, ids in (
             ("pad_id", (self.pad_id,)),
@@ -167,7 +169,7 @@ class GemmaConfig:
         ):
             strange = [i for i in ids if not 0 <= i < self.vocab_size]
             if strange:
-                yield f"{name} must lie below vocab_size {self.vocab_size}, got {strange}"
+                yield f"{name} must be in 0..{self.vocab_size - 1}, got {strange}"
 
     @property
     def num_layers(self) -> int:
