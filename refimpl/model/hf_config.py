@@ -207,7 +207,7 @@ def _ropes(values: Mapping[str, Any], family: str) -> tuple[RopeSpec, RopeSpec]:
     )
 
 
-def _rope(parameters: Any, theta: float) -> RopeSpec:
+def _rope(parameters: Any, theta: int | float) -> RopeSpec:
     """One rotary embedding, from an object with the base or, where that is absent, `theta`."""
     kinds = {"rope_type": TEXT, "type": TEXT, "rope_theta": NUMBER, "factor": NUMBER}
     if not isinstance(parameters, Mapping) or kind_faults(parameters, kinds):

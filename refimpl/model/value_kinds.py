@@ -74,6 +74,6 @@ def kind_faults(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[st
     ]
 
 
-def optional_float(value: float | None) -> float | None:
+def optional_float(value: int | float | None) -> float | None:
     """A number that a file may give as an integer, or leave out."""
     return None if value is None else float(value)
