@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -38,7 +39,10 @@ def rope_angles(
     timescale = (theta ** exponent.astype(np.float64)).astype(np.float32)
     wide = positions.astype(jnp.float32)[..., None]
     if form == "divide":
-        return wide / timescale[None, None] / jnp.float32(factor)
+        # XLA makes a division by a broadcast value a product with its reciprocal, which is the
+        # other form. Behind the barrier it cannot see that the divisor is broadcast.
+        divisor = jnp.broadcast_to(timescale, (*positions.shape, timescale.size))
+        return wide / jax.lax.optimization_barrier(divisor) / jnp.float32(factor)
     return wide * (np.float32(1.0) / timescale / np.float32(factor))[None, None]
 
 
