@@ -107,7 +107,8 @@ def linear(
 
 def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
     if not isinstance(matrix, QuantizedMatrix):
-        dtype = jnp.promote_types(rows.dtype, matrix.dtype)
+        # Of two different float types, float32 holds both.
+        dtype = rows.dtype if rows.dtype == matrix.dtype else jnp.float32
         return _product(rows.astype(dtype), matrix.astype(dtype))
     outputs = matrix.shape[1]
     wide = rows.astype(jnp.float32)
