@@ -7,7 +7,7 @@ mean nothing.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,24 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any], *, cache_dir: Path | None)
         TokenizerError: keys are missing, unknown, or do not fit together.
     """
     _check_keys(metadata)
-    # User-defined pieces come with real spaces in them, all others with "▁".
-    pieces = with_tab([token.replace(" ", SPACE) for token in metadata[_TOKENS]])
-    types = _read_types(metadata, pieces)
-    ids = {piece: piece_id for piece_id, piece in enumerate(pieces)}
+    pieces, marked = _read_pieces(metadata)
+    ids = {piece: i for i, piece in enumerate(pieces)}
     if len(ids) < len(pieces):
         twice = [piece for piece, count in Counter(pieces).items() if count > 1]
         raise TokenizerError(
             f"{_TOKENS} lists {len(twice)} pieces more than once, {twice[:3]} among them; expected "
             "one id for each. The file is damaged, or its strings were changed on the way"
         )
-    # All but a few thousand pieces are normal.
-    marked = {i: kind for i, kind in enumerate(types) if kind != PieceType.NORMAL}
     control = frozenset(
         i for i, kind in marked.items() if _is_control(pieces[i], kind, model=metadata[_MODEL])
     )
+    if metadata[_MODEL] == "gemma4":
+        merges = to_merges(metadata[_MERGES], where=_MERGES)
+    else:
+        merges = _derived_merges(metadata[_SCORES], pieces, marked, cache_dir=cache_dir)
     return Vocabulary(
         ids=ids,
-        merges=_merges(metadata, pieces, types, cache_dir=cache_dir),
+        merges=merges,
         verbatim=tuple(
             AddedToken(pieces[i], normalized=False)
             for i, kind in marked.items()
@@ -141,8 +141,9 @@ def _check_keys(metadata: Mapping[str, Any]) -> None:
             )
 
 
-def _read_types(metadata: Mapping[str, Any], pieces: list[str]) -> list[int]:
-    types: list[int] = metadata[_TYPES]
+def _read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], dict[int, PieceType]]:
+    """All pieces by id, and the type of those few thousand that are not normal."""
+    pieces, types = list(metadata[_TOKENS]), metadata[_TYPES]
     if len(types) != len(pieces):
         raise TokenizerError(
             f"{_TYPES} has {len(types)} items and {_TOKENS} {len(pieces)}, expected as many; the "
@@ -153,14 +154,21 @@ def _read_types(metadata: Mapping[str, Any], pieces: list[str]) -> list[int]:
             f"{_TYPES} has the values {sorted(unknown)}, expected 1 to 6; use a newer version of "
             "this program"
         )
-    # A byte that `with_tab` spelled as a character has become a normal piece.
-    return [
-        PieceType.NORMAL if piece == "\t" and kind == PieceType.BYTE else kind
-        for piece, kind in zip(pieces, types, strict=True)
-    ]
+    normal = int(PieceType.NORMAL)
+    marked = {i: PieceType(kind) for i, kind in enumerate(types) if kind != normal}
+    # User-defined pieces come with real spaces in them, all others with "▁".
+    for i, kind in marked.items():
+        if kind == PieceType.USER_DEFINED:
+            pieces[i] = pieces[i].replace(" ", SPACE)
+    pieces = with_tab(pieces)
+    # A byte that is spelled as its character now is a piece like others.
+    is_tab = [i for i, kind in marked.items() if kind == PieceType.BYTE and pieces[i] == "\t"]
+    for i in is_tab:
+        del marked[i]
+    return pieces, marked
 
 
-def _is_control(piece: str, kind: int, *, model: str) -> bool:
+def _is_control(piece: str, kind: PieceType, *, model: str) -> bool:
     if is_always_control(piece):
         return True
     if kind not in (PieceType.UNKNOWN, PieceType.CONTROL):
@@ -169,28 +177,24 @@ def _is_control(piece: str, kind: int, *, model: str) -> bool:
     return model == "gemma4" or not is_spare(piece)
 
 
-def _merges(
-    metadata: Mapping[str, Any], pieces: list[str], types: list[int], *, cache_dir: Path | None
+def _derived_merges(
+    scores: Sequence[float],
+    pieces: list[str],
+    marked: Mapping[int, PieceType],
+    *,
+    cache_dir: Path | None,
 ) -> list[tuple[str, str]]:
-    """The stored merges, or else those that follow from the scores."""
-    if metadata[_MODEL] == "gemma4":
-        return to_merges(metadata[_MERGES], where=_MERGES)
-
-    scores: list[float] = metadata[_SCORES]
     if len(scores) != len(pieces):
         raise TokenizerError(
             f"{_SCORES} has {len(scores)} items and {_TOKENS} {len(pieces)}, expected as many; the "
             "file is damaged"
         )
-    mergeable = {
-        piece: i
-        for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
-        if kind in (PieceType.NORMAL, PieceType.USER_DEFINED)
-    }
-    # SentencePiece gives all user-defined pieces the score 0, llama.cpp's converter -1000.
-    scores = [
-        score if kind == PieceType.NORMAL else 0.0
-        for score, kind in zip(scores, types, strict=True)
-    ]
+    mergeable = {piece: i for i, piece in enumerate(pieces)}
+    scores = list(scores)
+    for i, kind in marked.items():
+        # SentencePiece gives all user-defined pieces the score 0, llama.cpp's converter -1000.
+        scores[i] = 0.0
+        if kind != PieceType.USER_DEFINED:
+            del mergeable[pieces[i]]
     left, right = cached_merges(mergeable, scores, cache_dir=cache_dir).T.tolist()
     return [(pieces[i], pieces[j]) for i, j in zip(left, right, strict=True)]
