@@ -69,7 +69,8 @@ def attention_scores(
         preferred_element_type=jnp.float32,
     ).astype(query.dtype)
     if scale_site == "scores":
-        scores = scores * scale
+        # In float32: PyTorch does not round a Python number to the type of what it multiplies.
+        scores = (scores.astype(jnp.float32) * scale).astype(query.dtype)
     return soft_cap(scores, cap)
 
 

@@ -37,8 +37,8 @@ class Attention(nnx.Module):
         self.query_key_value = Linear(config.width, all_heads * head_width, rngs=rngs)
         self.output = Linear(config.num_heads * head_width, config.width, rngs=rngs)
         normed = config.has_query_key_norm
-        self.query_norm = nnx.data(RMSNorm(head_width, config, numerics) if normed else None)
-        self.key_norm = nnx.data(RMSNorm(head_width, config, numerics) if normed else None)
+        self.query_norm = RMSNorm(head_width, config, numerics) if normed else None
+        self.key_norm = RMSNorm(head_width, config, numerics) if normed else None
 
     def __call__(
         self,

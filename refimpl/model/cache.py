@@ -57,9 +57,9 @@ class KVCache:
         block: every array's s is a multiple of it.
     """
 
-    keys: tuple[Float[Array, "b s k h"], ...]
-    values: tuple[Float[Array, "b s k h"], ...]
-    positions: dict[AttentionKind, Int[Array, "b s"]]
+    keys: tuple[Float[Array, "b _ _ _"], ...]
+    values: tuple[Float[Array, "b _ _ _"], ...]
+    positions: dict[AttentionKind, Int[Array, "b _"]]
     latest: Int[Array, "b t"]
     kinds: tuple[AttentionKind, ...] = field(metadata={"static": True})
     chunk: int = field(metadata={"static": True})

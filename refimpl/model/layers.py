@@ -60,9 +60,7 @@ class Embedder(nnx.Module):
     def __init__(self, config: GemmaConfig, numerics: Numerics, *, rngs: nnx.Rngs) -> None:
         self.table = Linear(config.width, config.vocab_size, rngs=rngs)
         self.head = (
-            nnx.data(None)
-            if config.has_tied_head
-            else Linear(config.width, config.vocab_size, rngs=rngs)
+            None if config.has_tied_head else Linear(config.width, config.vocab_size, rngs=rngs)
         )
         # float32 first, then the activation type, as the references round it: 55.4256 or 55.5.
         self.scale = float(np.float32(config.width**0.5).astype(numerics.dtype))

@@ -27,7 +27,7 @@ class Block(nnx.Module):
         width = config.layers[layer].feed_forward_width
 
         def norm(is_there: bool = True) -> RMSNorm | None:
-            return nnx.data(RMSNorm(config.width, config, numerics) if is_there else None)
+            return RMSNorm(config.width, config, numerics) if is_there else None
 
         self.norm_before_attention = norm()
         self.attention = Attention(config, layer, numerics, rngs=rngs)
@@ -136,7 +136,7 @@ class Transformer(nnx.Module):
         """
         taps = taps or Taps()
         memory: Memory = FullPass(positions) if cache is None else cache.begin(positions)
-        angles = self._angles(positions)
+        angles = self.angles(positions)
         x = self.embedder.encode(tokens)
         taps("embed", x)
 
@@ -161,7 +161,7 @@ class Transformer(nnx.Module):
         """Logits of a normalised stream. Ids beyond the tokenizer's size get some, too."""
         return self.embedder.decode(x, implementation=implementations.linear)
 
-    def _angles(self, positions: Int[Array, "b t"]) -> Angles:
+    def angles(self, positions: Int[Array, "b t"]) -> Angles:
         """Rotary angles for each kind of layer, computed once for all layers of the kind."""
         kinds: dict[AttentionKind, LayerSpec] = {spec.kind: spec for spec in self.config.layers}
         return {

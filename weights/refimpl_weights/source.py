@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from refimpl_weights.quantized import QuantizedArray
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """An open checkpoint. Nothing but headers is in memory until `read` is called.
 

@@ -148,7 +148,7 @@ def _decoder(config: Mapping[str, Any]) -> Iterator[_Drawn]:
             yield _norm(at + "self_attn.q_norm.weight", h, centre=0.4)
             yield _norm(at + "self_attn.k_norm.weight", h, centre=0.4)
         if family != "vaultgemma":
-            centre = -0.4 if post_norms else 0.0
+            centre = -0.65 if post_norms else 0.0
             yield _norm(at + "post_attention_layernorm.weight", d, centre=centre)
         if post_norms or family == "vaultgemma":
             yield _norm(at + "pre_feedforward_layernorm.weight", d)
@@ -156,10 +156,11 @@ def _decoder(config: Mapping[str, Any]) -> Iterator[_Drawn]:
         yield _matrix(at + "mlp.up_proj.weight", f, d)
         yield _matrix(at + "mlp.down_proj.weight", d, f)
         if post_norms:
-            yield _norm(at + "post_feedforward_layernorm.weight", d, centre=-0.4)
-    # Both signs and large: the head is the embedding again, and with a plain final norm the
-    # likeliest next token would be the last one over and over.
-    yield _norm("norm.weight", d, spread=16.0 if family == "gemma2" else 4.0)
+            yield _norm(at + "post_feedforward_layernorm.weight", d, centre=-0.65)
+    # Factors of both signs: the head is the embedding again, and with a plain final norm the
+    # likeliest next token would be the last one over and over. Not larger than this, so that an
+    # absolute bound on logits asks for no more than a few units in the last place.
+    yield _norm("norm.weight", d, centre=-1.0, spread=3.0 if family == "gemma2" else 2.0)
 
 
 def _vision(config: Mapping[str, Any]) -> Iterator[_Drawn]:

@@ -1,0 +1,92 @@
+"""Our forward pass against Hugging Face's eager models, architecture by architecture.
+
+float32: logits and the residual stream after every layer within 2e-5, absolutely, in models whose
+logits reach 4 to 6 and whose stream has a root mean square of 1 to 2. A mistake in a formula moves
+a logit by at least 1e-3 (tests/golden/mistakes.py).
+
+bfloat16: a sum of products in another order differs in the last bit of its float32, which now and
+then tips a rounding to bfloat16 over; and a tipped rounding is passed on and grows. So one layer at
+a time is compared, given Hugging Face's own stream before it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from refimpl_weights.synthetic import TINY
+
+from refimpl.model.cache import FullPass, KVCache
+from refimpl.model.implementations import REFERENCE, implementations_for
+from refimpl.model.numerics import FLOAT32, HF_BFLOAT16
+from refimpl.model.trace import Taps
+from tests.tiny_models import GOLDEN, cached_pass, full_pass, golden_case, tiny_model
+
+CASES = ("short", "long", "far", "left_padded", "right_padded")
+BOUND = 2e-5
+
+every_model = pytest.mark.parametrize("name", sorted(TINY))
+
+
+@every_model
+def test_float32_logits_and_every_residual(name: str) -> None:
+    for case in CASES:
+        golden = golden_case(name, case)
+        rows, length = golden.is_token.shape
+        logits, trace = full_pass(name)(golden.tokens, golden.positions)
+        for (stage, got), wanted in zip(trace.items(), golden.residual, strict=True):
+            difference = np.abs(np.asarray(got)[:rows, :length] - wanted)[golden.is_token].max()
+            assert difference < BOUND, f"{case}, {stage}: {difference:.1e}"
+        difference = np.abs(np.asarray(logits)[:rows, :length] - golden.logits)[golden.is_token]
+        assert difference.max() < BOUND, f"{case}, logits: {difference.max():.1e}"
+
+
+@every_model
+def test_bfloat16_layer_by_layer(name: str) -> None:
+    """Nearly all elements have the same bits; a tipped rounding moves one by few units."""
+    model = tiny_model(name, HF_BFLOAT16)
+    golden = golden_case(name, "long", "bfloat16")
+
+    def every_layer(parameters: Any, before: Any, positions: Any) -> Any:
+        module = nnx.merge(model.graph, parameters)
+        angles = module.angles(positions)
+        after = []
+        for block, x in zip(module.layers, before, strict=True):
+            memory = FullPass(positions)
+            y, _ = block(x, positions, angles, memory, implementations=REFERENCE, taps=Taps())
+            after.append(y)
+        return jnp.stack(after)
+
+    compiled = jax.jit(every_layer, compiler_options=HF_BFLOAT16.compiler_options)
+    before = jnp.asarray(golden.residual[:-1], jnp.bfloat16)
+    got = compiled(model.parameters, before, jnp.asarray(golden.positions[:1]))
+    for layer, (ours, theirs) in enumerate(
+        zip(np.asarray(got, np.float32), golden.residual[1:], strict=True)
+    ):
+        assert np.mean(ours == theirs) > 0.85, f"layer {layer}"
+        # Numbers between 1 and 2 lie 2^-7 apart in bfloat16.
+        units = np.abs(ours - theirs) / (2**-7 * np.maximum(np.abs(theirs), 1.0))
+        assert units.max() <= 4, f"layer {layer}: {units.max():.1f} units"
+
+
+@every_model
+def test_greedy_ids_of_64_steps(name: str) -> None:
+    """Hugging Face's choices, made by prefill and 63 decode steps over a ring cache."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    prompt, wanted = golden["greedy.prompt"], golden["greedy.ids"]
+    run = cached_pass(name, implementations_for(FLOAT32, phase="decode"))
+    cache = KVCache.create(tiny_model(name).config, batch=1, length=80, chunk=16, block=8)
+    given, position, chosen = list(prompt), 0, []
+    while len(chosen) < len(wanted):
+        tokens, positions = np.zeros((1, 16), np.int32), np.full((1, 16), -1, np.int32)
+        tokens[0, : len(given)] = given
+        positions[0, : len(given)] = np.arange(position, position + len(given))
+        logits, cache = run(cache, tokens, positions)
+        position += len(given)
+        given = [int(np.asarray(logits)[0, len(given) - 1].argmax())]
+        chosen += given
+    np.testing.assert_array_equal(chosen, wanted)
+    # No choice was near a tie, so equality says something.
+    assert golden["greedy.margins"].min() > 100 * BOUND
