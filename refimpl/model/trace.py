@@ -182,8 +182,8 @@ def report(differences: Sequence[Difference]) -> str:
         is_first = is_first and difference.is_within
         lines.append(
             f"{'[OK]  ' if difference.is_within else '[DIFF]'} {difference.name:<{width}}  "
-            f"max {difference.largest:.1e}  mean {difference.mean:.1e}  "
-            f"rel {difference.relative:.1e}  at {','.join(map(str, difference.where))}{mark}"
+            f"max {difference.largest:7.1e}  mean {difference.mean:7.1e}  "
+            f"rel {difference.relative:7.1e}  at {','.join(map(str, difference.where))}{mark}"
         )
     return "\n".join(lines)
 
