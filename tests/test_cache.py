@@ -110,7 +110,7 @@ def test_rows_do_not_see_each_other_and_padding_writes_nothing() -> None:
         assert not np.asarray(values)[1, 4:].any()
 
     alone, _ = run(new_cache("gemma3"), given[1:], positions[1:])
-    np.testing.assert_array_equal(np.asarray(logits)[1, 12:], np.asarray(alone)[0, 12:])
+    assert np.abs(np.asarray(logits)[1, 12:] - np.asarray(alone)[0, 12:]).max() < 1e-5
 
 
 def test_a_call_larger_than_the_chunk_is_refused() -> None:

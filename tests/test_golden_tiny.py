@@ -4,9 +4,11 @@ float32: logits and the residual stream after every layer within 2e-5, absolutel
 logits reach 4 to 6 and whose stream has a root mean square of 1 to 2. A mistake in a formula moves
 a logit by at least 1e-3 (tests/golden/mistakes.py).
 
-bfloat16: a sum of products in another order differs in the last bit of its float32, which now and
-then tips a rounding to bfloat16 over; and a tipped rounding is passed on and grows. So one layer at
-a time is compared, given Hugging Face's own stream before it.
+bfloat16: the same bits, as far as float32 sums allow. A sum of products in another order differs in
+the last bit of its float32, which now and then tips a rounding to bfloat16 over; and a tipped
+rounding is passed on and grows. So one layer at a time is compared, given Hugging Face's own stream
+before it. (On the machine that the goldens were made on, whole passes have equal bits, too, in six
+of the seven models.)
 """
 
 from typing import Any
@@ -45,7 +47,7 @@ def test_float32_logits_and_every_residual(name: str) -> None:
 
 @every_model
 def test_bfloat16_layer_by_layer(name: str) -> None:
-    """Nearly all elements have the same bits; a tipped rounding moves one by few units."""
+    """All but a few elements have the same bits, and a tipped rounding moves those by little."""
     model = tiny_model(name, HF_BFLOAT16)
     golden = golden_case(name, "long", "bfloat16")
 
@@ -65,10 +67,10 @@ def test_bfloat16_layer_by_layer(name: str) -> None:
     for layer, (ours, theirs) in enumerate(
         zip(np.asarray(got, np.float32), golden.residual[1:], strict=True)
     ):
-        assert np.mean(ours == theirs) > 0.85, f"layer {layer}"
+        assert np.mean(ours == theirs) > 0.98, f"layer {layer}"
         # Numbers between 1 and 2 lie 2^-7 apart in bfloat16.
         units = np.abs(ours - theirs) / (2**-7 * np.maximum(np.abs(theirs), 1.0))
-        assert units.max() <= 4, f"layer {layer}: {units.max():.1f} units"
+        assert units.max() <= 2, f"layer {layer}: {units.max():.1f} units"
 
 
 @every_model
