@@ -29,8 +29,7 @@ import numpy as np
 from jax import Array
 from refimpl_weights.errors import WeightsError
 from refimpl_weights.safetensors import SafetensorsCheckpoint
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from refimpl_weights.safetensors_writer import write_safetensors
 
 from refimpl.errors import TraceError
 
@@ -108,12 +107,10 @@ def save(path: Path, trace: Mapping[str, Any]) -> None:
     Raises:
         TraceError: the file cannot be written, or a value is no array of numbers.
     """
-    # safetensors wants C order, and a device array comes in whatever order the device chose.
-    arrays = {name: np.asarray(value, order="C") for name, value in trace.items()}
     try:
-        save_file(arrays, path)
-    except (OSError, SafetensorError) as error:
-        raise TraceError(f"cannot write the trace {path}: {error}; is the folder there?") from error
+        write_safetensors(path, {name: np.asarray(value) for name, value in trace.items()})
+    except WeightsError as error:
+        raise TraceError(f"cannot write the trace {path}: {error}") from error
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
