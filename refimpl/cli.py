@@ -61,10 +61,11 @@ def main() -> None:
         sys.exit(141)
 
 
-def _print_version(is_wanted: bool) -> None:
+def _print_version(is_wanted: bool) -> bool:
     if is_wanted:
         print(f"refimpl {refimpl.__version__}")
         raise typer.Exit
+    return is_wanted
 
 
 @app.callback()

@@ -50,12 +50,10 @@ def test_log_probabilities(programs: Programs, golden: dict[str, np.ndarray], te
 
 
 @pytest.mark.parametrize("name", ["english", "mixed", "python", "long", "past_window"])
-def test_greedy_continuations(
-    programs: Programs, golden: dict[str, np.ndarray], name: str
-) -> None:
+def test_greedy_continuations(programs: Programs, golden: dict[str, np.ndarray], name: str) -> None:
     ids = golden["long.ids" if name == "past_window" else f"{name}.ids"]
     prompt = ids[: int(golden[f"greedy.{name}.prompt_length"])].tolist()
-    params = SamplingParams(max_tokens=64, temperature=0)
+    params = SamplingParams(max_tokens=64, temperature=0.0)
     made = [token.id for token in generate(programs, prompt, params)]
     assert made == golden[f"greedy.{name}.ids"].tolist()
     # No choice was near a tie, so equality says something.
