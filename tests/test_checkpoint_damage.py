@@ -79,6 +79,14 @@ def test_parts_of_a_joined_matrix_are_checked_one_by_one(tmp_path):
     }
 
 
+def test_parts_of_a_joined_matrix_that_cannot_be_joined(tmp_path):
+    config, arrays = small()
+    name = "model.layers.0.self_attn.v_proj.weight"
+    arrays[name] = np.zeros((16, 41), np.float32)
+    write(tmp_path, config, arrays)
+    assert faults(tmp_path) == {f"mis-shaped: {name} is (16, 41), expected (16, 40)"}
+
+
 def test_transposed_matrix(tmp_path):
     config, arrays = small()
     name = "model.layers.0.mlp.down_proj.weight"
