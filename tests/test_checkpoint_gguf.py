@@ -26,6 +26,7 @@ from tests.checkpoint_files import (
     rewrite_gguf,
     write,
 )
+from tests.gguf_files import Tensor, build
 
 
 def as_float32(leaf: Any) -> np.ndarray:
@@ -177,3 +178,10 @@ def test_a_gguf_without_an_embedding(tmp_path, plain_gguf):
 
     path = rewrite_gguf(tmp_path / "x.gguf", plain_gguf, remove)
     assert "holds no token_embd.weight" in refusal(path)
+
+
+@pytest.mark.parametrize("axes", [(), (4,), (2, 2, 1)])
+def test_an_embedding_that_is_no_matrix(tmp_path, axes):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(build([Tensor("token_embd.weight", axes)]))
+    assert f"must be a matrix, got shape {axes[::-1]}" in refusal(path)

@@ -117,9 +117,11 @@ def _open_gguf(path: Path) -> Checkpoint:
     stored = set(file.names())
     if "token_embd.weight" not in stored:
         raise CheckpointError(f"{path} holds no token_embd.weight; is it a language model?")
-    vocab_size = file.shape("token_embd.weight")[0]
+    shape = file.shape("token_embd.weight")
+    if len(shape) != 2:
+        raise CheckpointError(f"{path}: token_embd.weight must be a matrix, got shape {shape}")
     tied = "output.weight" not in stored or _is_alias(file, "output.weight", "token_embd.weight")
-    config = from_gguf(file.metadata, vocab_size=vocab_size, has_tied_head=tied)
+    config = from_gguf(file.metadata, vocab_size=shape[0], has_tied_head=tied)
     available = {name: name for name in file.names()}
     return _checkpoint(path, config, file, available, (), names.gguf_sources(config))
 
