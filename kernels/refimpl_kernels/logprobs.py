@@ -1,6 +1,5 @@
 """Log-probabilities from raw logits."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int
@@ -11,5 +10,7 @@ def log_probabilities(
 ) -> Float32[Array, "*b"]:
     """log softmax(logits)[token], natural, in float32; before any temperature or penalty."""
     wide = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(wide, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(wide, axis=-1)
+    # Taking the maximum off first keeps the digits that logit - logsumexp would cancel.
+    shifted = wide - jnp.max(wide, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
