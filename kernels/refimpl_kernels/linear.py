@@ -26,6 +26,11 @@ LinearImplementation = Literal["dot", "chain"]
 # registers of a CPU; 32 spill and are 5 to 10 times slower.
 CHAIN_STEP = 8
 
+# Fewest outputs that the chain takes as they are. LLVM rounds a product and its sum once, with a
+# fused multiply-add, except where a few outputs make it vectorise across rows: then it rounds
+# twice, for some numbers of rows and not for others. Seen up to 8 outputs; 16 fill any vector.
+CHAIN_OUTPUTS = 16
+
 # Columns that "dot" dequantizes at once: enough for a full-speed product, little enough that a
 # vocabulary never exists as float32.
 DOT_TILE = 16384
@@ -143,6 +148,10 @@ def _chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
             f"'chain' takes {CHAIN_STEP} inputs at a step, got {inputs} inputs in blocks of "
             f"{block}; use 'dot'"
         )
+    if outputs < CHAIN_OUTPUTS:
+        missing = ((0, 0), (0, CHAIN_OUTPUTS - outputs))
+        padded = jax.tree.map(lambda leaf: jnp.pad(leaf, missing), matrix)
+        return _chain(rows, padded)[:, :outputs]
     wide = rows.astype(jnp.float32)
 
     def step(s: Array, sums: Array) -> Array:
