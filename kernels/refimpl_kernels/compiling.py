@@ -1,0 +1,18 @@
+"""What to tell the compiler, so that a row's bits do not depend on the rows beside it."""
+
+
+def row_stable_options(platform: str) -> dict[str, str]:
+    """Compiler options for `jax.jit`, under which a program sums each row in an order of its own.
+
+    XLA's CPU backend hands dots, and reductions of 4,096 elements or more, to YNNPACK, which
+    chooses the order of a sum by the size of the whole array. So an RMSNorm of width 640 rounds
+    otherwise on seven rows than on six, and attention otherwise for two requests than for one.
+    The options leave YNNPACK only what no kernel here uses; XLA's own loops take each row alike.
+
+    Args:
+        platform: as `jax.default_backend()` names it. Only "cpu" has these options, and only
+            there the tests prove what is said here.
+    """
+    if platform != "cpu":
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
