@@ -1,0 +1,69 @@
+"""What the battery of the kernels shares: seeded arrays, rounding units and comparisons.
+
+The bounds. A float32 operation errs by at most UNIT of its result. k of them in a row err by
+sqrt(k) UNIT of the sum of magnitudes, times a small number, unless all errors point one way
+(Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019); `summed` takes 2 for that number. A result in
+bfloat16 that is rounded once lies within half a spacing of the float32 result, and `rounded_once`
+holds it to that. Every test adds to these only what its operation adds, and says what.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike
+from refimpl_kernels.compiling import row_stable_options
+
+UNIT = 2.0**-24
+BFLOAT16_UNIT = 2.0**-8
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    """Standard normal numbers in float32, the same for the same arguments."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
+
+
+def float64(array: ArrayLike) -> np.ndarray:
+    return np.asarray(array).astype(np.float64)
+
+
+def summed(k: int) -> float:
+    """Error of a float32 sum of k products, relative to the sum of their magnitudes."""
+    return 2 * (k + 1) ** 0.5 * UNIT
+
+
+def assert_within(actual: ArrayLike, expected: ArrayLike, bound: ArrayLike) -> None:
+    """Every element within its own absolute bound; a nan is within none."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    error = np.abs(float64(actual) - float64(expected))
+    bound = np.broadcast_to(float64(bound), error.shape)
+    if not (error <= bound).all():
+        worst = np.unravel_index(np.argmax(np.nan_to_num(error - bound, nan=np.inf)), error.shape)
+        raise AssertionError(
+            f"{(~(error <= bound)).sum()} of {error.size} elements out of bounds; at {worst} "
+            f"got {actual[worst]}, expected {expected[worst]} within {bound[worst]:.3g}"
+        )
+
+
+def assert_rounded_once(actual: Array, expected: ArrayLike, bound: ArrayLike) -> None:
+    """Of type bfloat16, and as near to the float32 result as one rounding leaves it."""
+    assert actual.dtype == jax.numpy.bfloat16
+    _, exponent = np.frexp(float64(expected))
+    half_spacing = np.ldexp(1.0, exponent - 9)
+    assert_within(actual, expected, half_spacing + float64(bound))
+
+
+def assert_same_bits(actual: ArrayLike, expected: ArrayLike) -> None:
+    """Same type, shape and bits; unlike ==, this tells -0 from 0, and a nan equals itself."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    differ = actual.view(f"u{actual.itemsize}") != expected.view(f"u{expected.itemsize}")
+    assert not differ.any(), f"{differ.sum()} of {differ.size} elements differ"
+
+
+def row_stable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled as programs are that promise the same bits under any load."""
+    return jax.jit(function, compiler_options=row_stable_options(jax.default_backend()) or None)
