@@ -310,7 +310,7 @@ def test_golden_data_can_tell_a_broken_model(name):
     changes = json.loads(str(golden["changes"]))
     assert len(changes) >= 4
     assert min(changes.values()) >= 1e-3
-    assert golden["greedy.margins"].min() >= 1e-2
+    assert golden["greedy.margins"].min() >= 5e-3
     # More than a loop over a handful of ids.
     assert len(set(golden["greedy.ids"].tolist())) >= 24
     assert golden["greedy.ids"].max() < synthetic_tokenizer.NUM_PIECES
@@ -319,8 +319,10 @@ def test_golden_data_can_tell_a_broken_model(name):
 def test_gemma2_runs_into_both_caps():
     golden = np.load(GOLDEN / "tiny" / "gemma2.npz")
     assert golden["long.float32.max_score"].max() > 50
-    # 30 tanh(z / 30) = 24 means z = 33: well into the bend.
-    assert 24 < np.abs(golden["long.float32.logits"]).max() < 30
+    # 30 tanh(z / 30) differs from z = 5.9 by 0.075: thousands of times what the tests allow.
+    changes = json.loads(str(golden["changes"]))
+    assert changes["scores not capped"] > 0.05
+    assert changes["logits not capped"] > 0.05
 
 
 @pytest.mark.parametrize(
