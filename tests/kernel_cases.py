@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 from refimpl_kernels.compiling import row_stable_options
+from refimpl_kernels.linear import Matrix, QuantizedMatrix
 
 UNIT = 2.0**-24
 BFLOAT16_UNIT = 2.0**-8
@@ -50,7 +52,7 @@ def assert_within(actual: ArrayLike, expected: ArrayLike, bound: ArrayLike) -> N
 
 def assert_rounded_once(actual: Array, expected: ArrayLike, bound: ArrayLike) -> None:
     """Of type bfloat16, and as near to the float32 result as one rounding leaves it."""
-    assert actual.dtype == jax.numpy.bfloat16
+    assert actual.dtype == jnp.bfloat16
     _, exponent = np.frexp(float64(expected))
     half_spacing = np.ldexp(1.0, exponent - 9)
     assert_within(actual, expected, half_spacing + float64(bound))
@@ -67,3 +69,36 @@ def assert_same_bits(actual: ArrayLike, expected: ArrayLike) -> None:
 def row_stable(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled as programs are that promise the same bits under any load."""
     return jax.jit(function, compiler_options=row_stable_options(jax.default_backend()) or None)
+
+
+STORED_AS = ("float32", "bfloat16", "float16", "q16", "q16-", "q32", "q32-")
+
+
+def matrix(stored_as: str, inputs: int, outputs: int) -> Matrix:
+    """Random weights; "q32-" is quantized in blocks of 32 with minimums, "q16" in 16s without.
+
+    Scales are as in ggml: a float16 times an integer of six bits.
+    """
+    if not stored_as.startswith("q"):
+        return jnp.asarray(normal(inputs, outputs), stored_as)
+    random = np.random.default_rng([inputs, outputs])
+    blocks = (inputs // int(stored_as[1:3]), outputs)
+    values = random.integers(-128, 128, (inputs, outputs), dtype=np.int8)
+    scales, minimums = (
+        random.uniform(1e-4, 1e-3, blocks).astype(np.float16).astype(np.float32)
+        * random.integers(1, 64, blocks).astype(np.float32)
+        for _ in range(2)
+    )
+    minimums = jnp.asarray(100 * minimums) if stored_as.endswith("-") else None
+    return QuantizedMatrix(jnp.asarray(values), jnp.asarray(scales), minimums)
+
+
+def parts(matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
+    """In float64, what the matrix holds: products of scale and value, and minimums or zeros."""
+    if not isinstance(matrix, QuantizedMatrix):
+        return float64(matrix), np.zeros(matrix.shape)
+    scales, minimums = (
+        np.zeros(matrix.shape) if leaf is None else np.repeat(float64(leaf), matrix.block, axis=0)
+        for leaf in (matrix.scales, matrix.minimums)
+    )
+    return scales * float64(matrix.values), minimums

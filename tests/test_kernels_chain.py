@@ -1,0 +1,125 @@
+"""What "chain" promises beside the right numbers: bits that no companion changes, and no copy.
+
+A row's bits must be those it has alone: with 1 to 15 companions, at any place among them, whatever
+they hold, in a program of the same shape or another. A request's tokens rest on this.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import Array
+from refimpl_kernels import linear as linear_module
+from refimpl_kernels.linear import LinearImplementation, Matrix, QuantizedMatrix, linear
+
+from tests.kernel_cases import STORED_AS, assert_same_bits, matrix, normal
+
+MOST = 16
+SHAPES = {
+    # Fewer outputs than a vector of the processor, one more, and an odd number of vectors.
+    (64, 5): ("float32", "q32-"),
+    (64, 17): ("float32", "q32-"),
+    (96, 100): STORED_AS,
+    # Fused projections and the way back of Gemma 3 270M.
+    (640, 4096): ("float32", "q32-"),
+    (2048, 640): ("bfloat16", "q32"),
+}
+
+
+@jax.jit
+def compiled(x: Array, weights: dict[str, Matrix]) -> dict[str, Array]:
+    """Compiled anew for every number of rows, as for programs of several widths."""
+    return {name: linear(x, weight, implementation="chain") for name, weight in weights.items()}
+
+
+def chain(x: np.ndarray, weights: dict[str, Matrix]) -> dict[str, np.ndarray]:
+    return jax.device_get(compiled(x, weights))
+
+
+def matrices(*forms: str, inputs: int, outputs: int) -> dict[str, Matrix]:
+    return {stored_as: matrix(stored_as, inputs, outputs) for stored_as in forms}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_has_the_same_bits_alone_and_among_others(shape: tuple[int, int]) -> None:
+    weights = matrices(*SHAPES[shape], inputs=shape[0], outputs=shape[1])
+    x = normal(MOST, shape[0])
+    each = [chain(x[i : i + 1], weights) for i in range(MOST)]
+    alone = {name: np.concatenate([row[name] for row in each]) for name in weights}
+    for count in (2, 3, 4, 8, MOST):
+        for start in (0, MOST - count):
+            some = slice(start, start + count)
+            found = chain(x[some], weights)
+            for name in weights:
+                assert_same_bits(found[name], alone[name][some])
+
+
+def test_a_row_of_bfloat16_does_too() -> None:
+    weights = matrices("float32", "q32-", inputs=96, outputs=100)
+    x = normal(MOST, 96).astype(ml_dtypes.bfloat16)
+    together = chain(x, weights)
+    for count in (1, 4):
+        found = chain(x[:count], weights)
+        for name in weights:
+            assert_same_bits(found[name], together[name][:count])
+
+
+def test_companions_may_hold_anything() -> None:
+    weights, x = matrices(*STORED_AS, inputs=96, outputs=100), normal(4, 96)
+    expected = chain(x, weights)
+    for companion in (0.0, 1e30, np.inf, np.nan):
+        x[1:3] = companion
+        found = chain(x, weights)
+        for name in weights:
+            assert_same_bits(found[name][::3], expected[name][::3])
+
+
+def test_the_program_around_it_changes_no_bit() -> None:
+    x, weight = normal(MOST, 96), matrix("q32-", 96, 96)
+
+    @jax.jit
+    def two_layers(x: Array) -> tuple[Array, Array]:
+        hidden = jnp.tanh(linear(x, weight, implementation="chain"))
+        return hidden, linear(hidden, weight, implementation="chain")
+
+    hidden, _ = jax.device_get(two_layers(x))
+    expected = chain(hidden, {"q32-": weight})["q32-"]
+    for count in (1, 4):
+        assert_same_bits(two_layers(x[:count])[1], expected[:count])
+
+
+def temporary_bytes(stored_as: str, *, implementation: LinearImplementation, rows: int) -> int:
+    """What the head of Gemma 3 270M needs beside its weights and results."""
+    inputs, outputs = 640, 262144
+
+    def head(x: Array, weight: Array, *scales: Array) -> Array:
+        stored = QuantizedMatrix(weight, *scales) if scales else weight
+        return linear(x, stored, implementation=implementation)
+
+    arguments = [((rows, inputs), "float32")]
+    if stored_as == "q32-":
+        arguments += [((inputs, outputs), "int8"), *[((inputs // 32, outputs), "float32")] * 2]
+    else:
+        arguments += [((inputs, outputs), stored_as)]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
+    analysis = jax.jit(head).lower(*shapes).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("stored_as", ["bfloat16", "q32-"])
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_chain_holds_no_wide_copy_of_the_weights(stored_as: str, count: int) -> None:
+    # Two buffers of sums at most, and some scalars; the weights in float32 are 671 MB.
+    sums = count * 262144 * 4
+    assert temporary_bytes(stored_as, implementation="chain", rows=count) <= 2 * sums + 4096
+
+
+def test_dot_holds_a_tile_of_the_weights() -> None:
+    # A tile of weights is held twice: its values times scales, and less the minimums. Its values,
+    # scales and minimums as stored come to less than half of that; sums as in the chain.
+    tile = 640 * linear_module.DOT_TILE * 4
+    sums = 8 * 262144 * 4
+    found = temporary_bytes("q32-", implementation="dot", rows=8)
+    assert found <= 3 * tile + 2 * sums
