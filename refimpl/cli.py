@@ -1,22 +1,19 @@
 """The command line: complete, score, models.
 
-Results go to standard output, progress and errors to standard error. A mistake of the caller ends
-with one line and exit status 2, Ctrl-C with 130.
+Results go to standard output, progress and errors to standard error; `refimpl.__main__` says how a
+run ends.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import refimpl
-from refimpl.errors import InvalidRequestError, RefimplError
+from refimpl.errors import InvalidRequestError
 from refimpl.progress import Progress
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="refimpl",
@@ -43,22 +40,6 @@ NumericsOption = Annotated[
     typer.Option(help="Where the forward pass rounds: float32, hf_bfloat16, deepmind_bfloat16."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-def main() -> None:
-    """Run the command line; the entry point of the `refimpl` script."""
-    try:
-        app(standalone_mode=True)
-    except RefimplError as error:
-        print(f"refimpl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("refimpl: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader has gone, as `head` does. Python would complain once more at exit.
-        sys.stderr.close()
-        sys.exit(141)
 
 
 def _print_version(is_wanted: bool) -> bool:
@@ -217,7 +198,8 @@ def _print_models(rows: list[dict[str, Any]]) -> None:
 
 
 def _short(count: int) -> str:
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+    millions = round(count / 1e6)
+    return f"{count / 1e9:.1f}B" if millions >= 1000 else f"{millions}M"
 
 
 def _print_scores(pieces: list[str], ids: list[int], logprobs: list[float | None]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from refimpl_weights.synthetic import write_checkpoint
 
 import refimpl
-from refimpl import cli
+from refimpl import __main__ as entry
 from refimpl.engine.generate import score
 from refimpl.engine.programs import Programs
 from refimpl.model.gemma import load_checkpoint
@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["refimpl", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            sys.exit(cli.main())
+            sys.exit(entry.main())
         captured = capsys.readouterr()
         return int(stopped.value.code or 0), captured.out, captured.err
 

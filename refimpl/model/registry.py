@@ -134,7 +134,8 @@ def locate(name: str | None = None, *, progress: Progress | None = None) -> Path
         if _is_hub_id(name):
             return hub.fetch(name)
     except MissingError as error:
-        raise CheckpointError(f"cannot load {name}: {error}") from error
+        hint = _suggestion(name) if entry is None else ""
+        raise CheckpointError(f"cannot load {name}{hint}: {error}") from error
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
     raise UnknownModelError(_unknown(name))
@@ -152,11 +153,15 @@ def _is_hub_id(name: str) -> bool:
     )  # fmt: skip
 
 
-def _unknown(name: str) -> str:
+def _suggestion(name: str) -> str:
     names = [known for entry in REGISTRY for known in (entry.id, *entry.tags)]
     close = difflib.get_close_matches(name.lower(), names, n=3)
-    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _unknown(name: str) -> str:
     return (
-        f"no model, file or folder is called {name!r}{hint}; give a name that `refimpl models` "
-        "lists, a Hub id like google/gemma-3-4b-it, a .gguf file or a checkpoint folder"
+        f"no model, file or folder is called {name!r}{_suggestion(name)}; give a name that "
+        "`refimpl models` lists, a Hub id like google/gemma-3-4b-it, a .gguf file or a checkpoint "
+        "folder"
     )
