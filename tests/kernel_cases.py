@@ -8,7 +8,7 @@ holds it to that. Every test adds to these only what its operation adds, and say
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +102,48 @@ def parts(matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
         for leaf in (matrix.scales, matrix.minimums)
     )
     return scales * float64(matrix.values), minimums
+
+
+class AttentionCase(NamedTuple):
+    """Queries at the end of sequences of several lengths, keys in caches of one.
+
+    Attributes:
+        lengths: filled positions of each row; the queries are the last t of them. A row that has
+            fewer than t is padded in front.
+        s: places in the cache. The key of position p lies at p % s, so a longer row is a ring.
+        sharpness: what queries are multiplied by.
+    """
+
+    t: int = 1
+    s: int = 16
+    lengths: tuple[int, ...] = (16,)
+    n: int = 1
+    k: int = 1
+    h: int = 16
+    window: int | None = None
+    cap: float | None = None
+    sharpness: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        return self.h**-0.5
+
+    def arrays(self) -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
+        """Query, key and value; positions of queries and keys. What no one may see is filled."""
+        b, last = len(self.lengths), max(self.lengths)
+        query = self.sharpness * normal(b, self.t, self.n, self.h)
+        keys, values = normal(2, b, last, self.k, self.h)
+        held, held_values = normal(2, b, self.s, self.k, self.h, seed=1)
+        places = np.full((b, self.s), -1, np.int32)
+        for row, length in enumerate(self.lengths):
+            for position in range(length):
+                places[row, position % self.s] = position
+                held[row, position % self.s] = keys[row, position]
+                held_values[row, position % self.s] = values[row, position]
+        ends = np.array(self.lengths)[:, None]
+        positions = np.maximum(ends - self.t + np.arange(self.t), -1).astype(np.int32)
+        heads = (jnp.asarray(query), jnp.asarray(held), jnp.asarray(held_values))
+        return heads, {
+            "query_positions": jnp.asarray(positions),
+            "key_positions": jnp.asarray(places),
+        }

@@ -19,7 +19,7 @@ MOST = 16
 SHAPES = {
     # Fewer outputs than a vector of the processor, one more, and an odd number of vectors.
     (64, 5): ("float32", "q32-"),
-    (64, 17): ("float32", "q32-"),
+    (64, 17): ("q32-",),
     (96, 100): STORED_AS,
     # Fused projections and the way back of Gemma 3 270M.
     (640, 4096): ("float32", "q32-"),

@@ -1,0 +1,133 @@
+"""What blocked attention promises beside the right numbers: bits that no neighbour changes.
+
+A row's bits must be those it has alone in a full-length cache: in a ring, in a longer cache, beside
+rows that are longer or empty, over whatever old keys lie where it may not look.
+"""
+
+import inspect
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refimpl_kernels.attention import blocked_attention
+
+from tests.kernel_cases import AttentionCase, assert_same_bits, row_stable
+
+# Small, and the shape of Gemma 3 270M in blocks as its caches have them.
+BLOCKS = {16: 8, 256: 128}
+LOCAL = {
+    16: AttentionCase(t=3, s=24, lengths=(2, 11, 24, 70), n=4, k=2, h=16, window=10),
+    256: AttentionCase(t=1, s=640, lengths=(3, 700, 1409), n=4, k=1, h=256, window=512),
+}
+GLOBAL = {
+    16: AttentionCase(t=2, s=64, lengths=(1, 9, 40, 0, 17, 64, 8, 33), n=4, k=2, h=16),
+    256: AttentionCase(t=1, s=512, lengths=(5, 512, 130, 0, 256, 128, 1, 300), n=4, k=1, h=256),
+}
+every_head = pytest.mark.parametrize("h", BLOCKS)
+
+
+@cache
+def program(h: int, window: int | None) -> Any:
+    """Compiled anew for every shape, as programs are that promise the same bits."""
+
+    def run(heads: Any, positions: Any) -> Any:
+        shape = {"scale": h**-0.5, "window": window, "cap": 50.0, "block": BLOCKS[h]}
+        return blocked_attention(*heads, **positions, **shape)
+
+    return row_stable(run)
+
+
+def attend(case: AttentionCase, arrays: Any = None) -> np.ndarray:
+    heads, positions = case.arrays() if arrays is None else arrays
+    return np.asarray(program(case.h, case.window)(heads, positions))
+
+
+@every_head
+def test_a_ring_gives_the_bits_of_a_full_length_cache(h: int) -> None:
+    ring = LOCAL[h]
+    full = ring._replace(s=-(-max(ring.lengths) // BLOCKS[h]) * BLOCKS[h])
+    assert full.s > ring.s
+    assert_same_bits(attend(ring), attend(full))
+
+
+@settings(max_examples=15, deadline=None)
+@given(length=st.integers(1, 100))
+def test_at_whatever_position_a_ring_stands(length: int) -> None:
+    ring = AttentionCase(t=1, s=24, lengths=(length,), n=4, k=2, h=16, window=10)
+    assert_same_bits(attend(ring), attend(ring._replace(s=104)))
+
+
+@every_head
+def test_a_longer_cache_changes_no_bit(h: int) -> None:
+    case = GLOBAL[h]
+    assert_same_bits(attend(case), attend(case._replace(s=2 * case.s)))
+
+
+@every_head
+def test_a_row_has_the_same_bits_alone_and_among_others(h: int) -> None:
+    case = GLOBAL[h]
+    arrays = jax.device_get(case.arrays())
+    together = attend(case)
+    assert (together[3] == 0).all()  # which is empty
+    for rows in (range(0, 1), range(1, 2), range(1, 4), range(5, 8)):
+        some = jax.tree.map(lambda array, rows=rows: jnp.asarray(array[rows]), arrays)
+        assert_same_bits(attend(case, some), together[rows])
+
+
+@every_head
+def test_a_row_among_others_in_a_ring_too(h: int) -> None:
+    case = LOCAL[h]
+    arrays = jax.device_get(case.arrays())
+    together = attend(case)
+    for row in range(len(case.lengths)):
+        alone = jax.tree.map(lambda array, row=row: jnp.asarray(array[row : row + 1]), arrays)
+        assert_same_bits(attend(case, alone), together[row : row + 1])
+
+
+def test_what_a_query_cannot_see_may_be_any_number() -> None:
+    case = LOCAL[16]
+    (query, key, value), positions = jax.device_get(case.arrays())
+    last = positions["query_positions"].max(axis=1, keepdims=True)
+    first = positions["query_positions"].min(axis=1, keepdims=True) - 10
+    held = positions["key_positions"]
+    unseen = (held < 0) | (held <= first) | (held > last)
+    assert unseen.any(axis=1).all()
+    for number in (0.0, 1e30, -1e30):
+        other_key, other_value = (
+            jnp.asarray(np.where(unseen[..., None, None], np.float32(number), array))
+            for array in (key, value)
+        )
+        assert_same_bits(attend(case, ((query, other_key, other_value), positions)), attend(case))
+
+
+def test_blocks_that_only_another_query_needs_change_no_bit() -> None:
+    # Two queries of one row. When the second stands at the beginning, the first one passes by
+    # every block from there on, in all of which but the last two it sees nothing.
+    case = AttentionCase(t=2, s=64, lengths=(64,), n=4, k=2, h=16, window=10)
+    heads, positions = jax.device_get(case.arrays())
+    beside = []
+    for second in (63, 30, 0, -1):
+        positions["query_positions"] = np.array([[63, second]], np.int32)
+        beside.append(attend(case, (heads, positions))[0, 0])
+    for found in beside[1:]:
+        assert_same_bits(found, beside[0])
+
+
+def test_another_type_than_float32_is_refused() -> None:
+    unchecked = inspect.unwrap(blocked_attention)  # the tests' type checks would refuse it first
+    heads, positions = AttentionCase().arrays()
+    narrow = [array.astype(jnp.bfloat16) for array in heads]
+    with pytest.raises(NotImplementedError, match=r"in float32, got bfloat16, .*; use dense"):
+        unchecked(*narrow, **positions, scale=1.0, block=8)
+
+
+def test_a_cache_of_broken_blocks_is_refused() -> None:
+    heads, positions = AttentionCase(s=20).arrays()
+    refused = partial(blocked_attention, *heads, scale=1.0, block=8)
+    with pytest.raises(NotImplementedError, match="a multiple of 8, got 20"):
+        refused(**positions)
