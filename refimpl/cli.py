@@ -4,6 +4,7 @@ Results go to standard output, progress and errors to standard error; `refimpl._
 run ends.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -93,17 +94,19 @@ def complete(
         tokens = generate(Programs(gemma), ids, params)
         with progress.waiting("compiling and reading the prompt"):
             first = next(tokens, None)
+        with progress.waiting("compiling the decode program"):
+            second = next(tokens, None)
 
     decoder = IncrementalDecoder(gemma.tokenizer)
     made = []
     text = "" if as_json else prompt
     _write(text)
-    while first is not None:
-        made.append(first)
-        piece = "" if first.ends_text else decoder.push(first.id)
+    early = [token for token in (first, second) if token is not None]
+    for token in itertools.chain(early, tokens):
+        made.append(token)
+        piece = "" if token.ends_text else decoder.push(token.id)
         text += piece
         _write("" if as_json else piece)
-        first = next(tokens, None)
     rest = decoder.flush()
     _write("" if as_json else rest + "\n")
     if as_json:
@@ -141,8 +144,11 @@ def score(
     with Progress() as progress:
         gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
         ids = gemma.tokenizer.encode(wanted)
+        progress.update("compiling and scoring", 0, len(ids))
         logprobs = score_ids(
-            Programs(gemma), ids, progress=lambda done, of: progress.update("scoring", done, of)
+            Programs(gemma),
+            ids,
+            progress=lambda done, total: progress.update("compiling and scoring", done, total),
         )
     pieces = [gemma.tokenizer.piece(i) for i in ids]
     if as_json:

@@ -104,6 +104,11 @@ def test_greedy_logprobs_of_complete_are_those_of_score(run, folder: Path) -> No
         (("complete", ""), "the prompt is empty"),
         (("score", ""), "the text is empty"),
         (("score",), "give either TEXT or --file"),
+        (("complete",), "Missing argument 'prompt'"),
+        (("nosuch",), "No such command 'nosuch'"),
+        (("complete", "hi", "--temperature", "hot"), "--temperature"),
+        (("complete", "hi", "--model", "~nosuchuser/x"), "no model, file or folder"),
+        (("complete", "hi", "--model", "x" * 5000), "no model, file or folder"),
         (("score", "a", "--file", "b"), "give either TEXT or --file"),
         (("score", "--file", "/nonexistent.txt"), "cannot read /nonexistent.txt"),
         (("complete", "hi", "--model", "gemma3:999b"), "did you mean"),
@@ -168,12 +173,47 @@ def test_version_and_help(run) -> None:
     assert "Examples" in run("complete", "--help")[1]
 
 
-def test_the_script_ends_without_a_traceback_when_its_reader_leaves(folder: Path) -> None:
+def test_a_reader_that_leaves_ends_the_script_quietly() -> None:
     command = [sys.executable, "-m", "refimpl", "models"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"COLUMNS": "80"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False
+        )
+    finally:
+        os.close(writing)
+    assert ended.returncode != 0
+    assert ended.stderr == b""
+
+
+def test_a_terminal_without_the_characters_gets_escapes(folder: Path) -> None:
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "refimpl",
+            "complete",
+            "日本",
+            "-m",
+            str(folder),
+            "--max-tokens",
+            "0",
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        timeout=120,
+        check=False,
     )
-    assert process.stdout is not None
-    process.stdout.close()
-    _, err = process.communicate(timeout=60)
-    assert b"Traceback" not in err
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"\\u65e5\\u672c\n", b"")
+
+
+def test_ctrl_c_while_starting_ends_the_script_quietly(monkeypatch, capsys) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "_run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        entry.main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "refimpl: interrupted\n"

@@ -59,11 +59,13 @@ def test_bfloat16_layer_by_layer(name: str) -> None:
             memory = FullPass(positions)
             y, _ = block(x, positions, angles, memory, implementations=REFERENCE, taps=Taps())
             after.append(y)
-        return jnp.stack(after)
+        last = jnp.asarray(golden.residual[-1], jnp.bfloat16)
+        return jnp.stack(after), module.logits(module.final_norm(last))
 
     compiled = jax.jit(every_layer, compiler_options=HF_BFLOAT16.compiler_options)
     before = jnp.asarray(golden.residual[:-1], jnp.bfloat16)
-    got = compiled(model.parameters, before, jnp.asarray(golden.positions[:1]))
+    positions = jnp.asarray(golden.positions[:1])
+    got, logits = compiled(model.parameters, before, positions)
     for layer, (ours, theirs) in enumerate(
         zip(np.asarray(got, np.float32), golden.residual[1:], strict=True)
     ):
@@ -72,19 +74,27 @@ def test_bfloat16_layer_by_layer(name: str) -> None:
         units = np.abs(ours - theirs) / (2**-7 * np.maximum(np.abs(theirs), 1.0))
         assert units.max() <= 2, f"layer {layer}: {units.max():.1f} units"
 
+    # The head after the last norm; and the scaled embedding, a single product, to the bit.
+    assert np.mean(np.asarray(logits, np.float32) == golden.logits) > 0.98
+    embed = nnx.merge(model.graph, model.parameters).embedder.encode
+    scaled = np.asarray(embed(jnp.asarray(golden.tokens[:1])), np.float32)
+    np.testing.assert_array_equal(scaled, golden.residual[0])
+
 
 @every_model
 def test_greedy_ids_of_64_steps(name: str) -> None:
     """Hugging Face's choices, made by prefill and 63 decode steps over a ring cache."""
     golden = np.load(GOLDEN / f"{name}.npz")
     prompt, wanted = golden["greedy.prompt"], golden["greedy.ids"]
-    run = cached_pass(name, implementations_for(FLOAT32, phase="decode"))
+    prefill = cached_pass(name, implementations_for(FLOAT32, phase="prefill"))
+    decode = cached_pass(name, implementations_for(FLOAT32, phase="decode"))
     cache = KVCache.create(tiny_model(name).config, batch=1, length=80, chunk=16, block=8)
     given, position, chosen = list(prompt), 0, []
     while len(chosen) < len(wanted):
         tokens, positions = np.zeros((1, 16), np.int32), np.full((1, 16), -1, np.int32)
         tokens[0, : len(given)] = given
         positions[0, : len(given)] = np.arange(position, position + len(given))
+        run = decode if chosen else prefill
         logits, cache = run(cache, tokens, positions)
         position += len(given)
         given = [int(np.asarray(logits)[0, len(given) - 1].argmax())]

@@ -1,6 +1,7 @@
 """Compiled programs on disk, so that only the first start pays for compilation."""
 
 import hashlib
+import os
 import platform
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax
 _MIN_SECONDS = 0.2
 
 
-def enable_compile_cache(folder: Path) -> Path:
+def enable_compile_cache(folder: Path) -> Path | None:
     """Keep JAX's compiled programs in a folder of this machine's own, and read them from there.
 
     Programs hold instructions of the processor that they were compiled for, and JAX versions do
@@ -21,9 +22,15 @@ def enable_compile_cache(folder: Path) -> Path:
         folder: for files that may be deleted at any time.
 
     Returns:
-        The folder used.
+        The folder used; None if nothing can be written there, so that nothing is kept.
     """
     place = folder / "compiled" / f"jax-{jax.__version__}-{_processor()}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(place, os.W_OK):
+        return None
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

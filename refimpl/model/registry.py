@@ -122,8 +122,8 @@ def locate(name: str | None = None, *, progress: Progress | None = None) -> Path
     name = DEFAULT.id if name is None else name
     if not name:
         raise UnknownModelError("the model's name is empty; see `refimpl models` for names")
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _existing(name)
+    if path is not None:
         return path
     entry = find(name)
     try:
@@ -139,6 +139,16 @@ def locate(name: str | None = None, *, progress: Progress | None = None) -> Path
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
     raise UnknownModelError(_unknown(name))
+
+
+def _existing(name: str) -> Path | None:
+    """The file or folder of this name, `~` expanded, or None."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        # No user of that name, a name longer than a path can be, or a NUL in it.
+        return None
 
 
 def _is_hub_id(name: str) -> bool:
@@ -161,7 +171,7 @@ def _suggestion(name: str) -> str:
 
 def _unknown(name: str) -> str:
     return (
-        f"no model, file or folder is called {name!r}{_suggestion(name)}; give a name that "
+        f"no model, file or folder is called {name!r:.200}{_suggestion(name)}; give a name that "
         "`refimpl models` lists, a Hub id like google/gemma-3-4b-it, a .gguf file or a checkpoint "
         "folder"
     )

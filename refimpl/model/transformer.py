@@ -78,7 +78,7 @@ class Transformer(nnx.Module):
     """A Gemma decoder: token ids at given positions to logits.
 
     NNX serves definition, initialisation and loading. Programs split the model once and pass its
-    arrays through `jax.jit` (see `apply`).
+    arrays through `jax.jit` (see `refimpl.model.gemma.Gemma`).
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from refimpl_weights.errors import FormatError, MissingError
+from refimpl_weights.errors import MissingError, WeightsError
 from refimpl_weights.safetensors import INDEX_FILE, SINGLE_FILE, read_index
 
 CONFIG_FILE = "config.json"
@@ -87,7 +87,8 @@ def local_snapshot(repository: str, *, revision: str | None = None) -> Path | No
     try:
         folder = _snapshot(repository, revision, cache_only=True)
         return None if _lacking(folder) else folder
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError, FormatError):
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError, WeightsError, OSError):
+        # Not there, not a name, or not to be read: in each case there is nothing to load.
         return None
 
 
