@@ -50,14 +50,13 @@ def test_the_error_says_which_checkpoint_and_which_model(tmp_path):
     assert "gemma3_text model that its configuration describes" in message
 
 
-def test_a_long_list_is_cut_and_counted(tmp_path):
+def test_a_long_list_is_counted_and_not_cut(tmp_path):
     config, arrays = small()
     surplus = {f"model.magic.{i}": np.zeros(1, np.float32) for i in range(100)}
     write(tmp_path, config, {**arrays, **surplus})
     message = refusal(tmp_path)
     assert "100 faults" in message
-    assert message.count("unused: ") == 40
-    assert message.endswith("and 60 more")
+    assert message.count("unused: ") == 100
 
 
 def test_parts_of_a_joined_matrix_are_checked_one_by_one(tmp_path):
