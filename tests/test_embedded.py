@@ -233,8 +233,10 @@ class TestFailure:
 def start_child(script: str) -> subprocess.Popen[bytes]:
     """A process of its own that finds the stand-in through PYTHONPATH."""
     preamble = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
         "from pathlib import Path\n"
+        # A job in the background starts with SIGINT ignored, and its children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from refimpl_weights.embedded import assemble, cache_folder\n"
         "home = cache_folder().parent\n"
         "def wait_for(pattern, number):\n"
@@ -283,7 +285,10 @@ class TestProcesses:
             assert time.monotonic() < limit
             time.sleep(0.01)
         child.send_signal(number)
-        child.communicate(timeout=DEADLINE_SECONDS)
+        try:
+            child.communicate(timeout=DEADLINE_SECONDS)
+        finally:
+            child.kill()
         assert child.returncode == -number
         leftovers = partials_in(cache)
         assert files_in(cache) == {leftover.name for leftover in leftovers}
