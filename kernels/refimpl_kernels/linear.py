@@ -31,8 +31,8 @@ CHAIN_STEP = 8
 # twice, for some numbers of rows and not for others. Seen up to 8 outputs; 16 fill any vector.
 CHAIN_OUTPUTS = 16
 
-# Columns that "dot" dequantizes at once: enough for a full-speed product, little enough that a
-# vocabulary never exists as float32.
+# Columns that "dot" widens to float32 at once: enough for a full-speed product, little enough that
+# a vocabulary never exists as float32 beside the form it is stored in.
 DOT_TILE = 16384
 
 
@@ -115,23 +115,28 @@ def linear(
 
 
 def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
-    if not isinstance(matrix, QuantizedMatrix):
-        # Of two different float types, float32 holds both.
-        dtype = rows.dtype if rows.dtype == matrix.dtype else jnp.float32
-        return _product(rows.astype(dtype), matrix.astype(dtype))
+    if not isinstance(matrix, QuantizedMatrix) and matrix.dtype == rows.dtype:
+        return _product(rows, matrix)
     outputs = matrix.shape[1]
     wide = rows.astype(jnp.float32)
     if outputs <= DOT_TILE:
-        return _product(wide, dequantize(matrix))
+        return _product(wide, _wide_columns(matrix, 0, outputs))
     tiles = -(-outputs // DOT_TILE)
 
     def fill(tile: Array, product: Array) -> Array:
         # The last tile is moved back to end with the matrix; it writes some columns twice alike.
         start = jnp.minimum(tile * DOT_TILE, outputs - DOT_TILE)
-        part = _product(wide, dequantize(matrix.columns(start, DOT_TILE)))
+        part = _product(wide, _wide_columns(matrix, start, DOT_TILE))
         return jax.lax.dynamic_update_slice_in_dim(product, part, start, axis=1)
 
     return jax.lax.fori_loop(0, tiles, fill, jnp.zeros((rows.shape[0], outputs)))
+
+
+def _wide_columns(matrix: Matrix, start: Array | int, length: int) -> Float32[Array, "i o"]:
+    """Some columns in float32, which holds the numbers of every type that a matrix is stored in."""
+    if isinstance(matrix, QuantizedMatrix):
+        return dequantize(matrix.columns(start, length))
+    return jax.lax.dynamic_slice_in_dim(matrix, start, length, axis=1).astype(jnp.float32)
 
 
 def _product(rows: Float[Array, "r i"], weight: Float[Array, "i o"]) -> Float32[Array, "r o"]:
