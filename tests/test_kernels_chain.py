@@ -116,10 +116,11 @@ def test_the_chain_holds_no_wide_copy_of_the_weights(stored_as: str, count: int)
     assert temporary_bytes(stored_as, implementation="chain", rows=count) <= 2 * sums + 4096
 
 
-def test_dot_holds_a_tile_of_the_weights() -> None:
+@pytest.mark.parametrize("stored_as", ["bfloat16", "q32-"])
+def test_dot_holds_a_tile_of_the_weights(stored_as: str) -> None:
     # A tile of weights is held twice: its values times scales, and less the minimums. Its values,
     # scales and minimums as stored come to less than half of that; sums as in the chain.
     tile = 640 * linear_module.DOT_TILE * 4
     sums = 8 * 262144 * 4
-    found = temporary_bytes("q32-", implementation="dot", rows=8)
+    found = temporary_bytes(stored_as, implementation="dot", rows=8)
     assert found <= 3 * tile + 2 * sums
