@@ -159,7 +159,9 @@ def collect(request: Request, events: Iterable[Event]) -> Completion:
 
 def _rank(end: Finished) -> tuple[bool, float]:
     broken_off = end.reason not in ("stop", "length")
-    return broken_off, math.inf if end.mean_logprob is None else -end.mean_logprob
+    mean = -math.inf if end.mean_logprob is None else end.mean_logprob
+    # Numbers that became not-a-number would make every order possible.
+    return broken_off, math.inf if math.isnan(mean) else -mean
 
 
 def _choice(index: int, deltas: list[Delta], end: Finished, *, with_logprobs: bool) -> Choice:

@@ -22,9 +22,12 @@ MAX_TOP_LOGPROBS = 20
 
 
 class _Limits(NamedTuple):
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     advice: str
+
+    def hold(self, value: int | float) -> bool:
+        return self.low <= value <= self.high  # Never true of not-a-number.
 
 
 # Counts are 32-bit on the device.
@@ -87,6 +90,9 @@ class SamplingParams:
         logprobs: give each token's log-probability, and of the so many likeliest at its place,
             0 to 20. None gives none.
     """
+
+    # Arguments are checked below, so a type checker at run time need not refuse them before.
+    __no_type_check__ = True
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -208,6 +214,8 @@ class Request:
         id: for logs.
     """
 
+    __no_type_check__ = True  # As above.
+
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     prompt_logprobs: int | None = None
@@ -257,8 +265,7 @@ class Request:
 def _integer(name: str, value: object, limits: _Limits, *, subject: str = "") -> int:
     plain = value.item() if isinstance(value, np.generic) else value
     # A bool is a number to Python, but never what somebody means by one.
-    is_integer = isinstance(plain, int) and not isinstance(plain, bool)
-    if is_integer and limits.low <= plain <= limits.high:
+    if isinstance(plain, int) and not isinstance(plain, bool) and limits.hold(plain):
         return plain
     wanted = f"be an integer from {limits.low} to {limits.high}"
     raise _refusal(name, value, wanted, advice=limits.advice, subject=subject)
@@ -266,9 +273,7 @@ def _integer(name: str, value: object, limits: _Limits, *, subject: str = "") ->
 
 def _number(name: str, value: object, limits: _Limits, *, subject: str = "") -> float:
     plain = value.item() if isinstance(value, np.generic) else value
-    is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
-    # Not-a-number is in no range.
-    if is_number and limits.low <= plain <= limits.high:
+    if isinstance(plain, int | float) and not isinstance(plain, bool) and limits.hold(plain):
         return float(plain)
     wanted = f"be a number from {limits.low} to {limits.high}"
     raise _refusal(name, value, wanted, advice=limits.advice, subject=subject)
