@@ -5,24 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from refimpl_kernels.logprobs import log_probabilities
-from refimpl_kernels.sampling import gumbel, sample, split_seed
+from refimpl_kernels.sampling import sample, split_seed
 
 SAMPLE = jax.jit(sample)
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
-def threefry_2x32(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
-    """Threefry 2x32, 20 rounds, after Salmon et al. 2011, table 2; plain Python integers."""
-    mask = 0xFFFFFFFF
-    schedule = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
-    one, two = (counter[0] + key[0]) & mask, (counter[1] + key[1]) & mask
-    for group in range(5):
-        for rotation in ROTATIONS[group % 2]:
-            one = (one + two) & mask
-            two = ((two << rotation | two >> (32 - rotation)) & mask) ^ one
-        one = (one + schedule[(group + 1) % 3]) & mask
-        two = (two + schedule[(group + 2) % 3] + group + 1) & mask
-    return one, two
 
 
 def words(seed: int) -> jax.Array:
@@ -39,25 +24,6 @@ def draw(logits: np.ndarray, *, temperature: float, seed: int, position: int) ->
             position=jnp.int32(position),
         )
     )
-
-
-def test_threefry_of_this_test_is_the_published_one() -> None:
-    """Known answers from Random123's kat_vectors file."""
-    assert threefry_2x32((0, 0), (0, 0)) == (0x6B200159, 0x99BA4EFE)
-    ones = (0xFFFFFFFF, 0xFFFFFFFF)
-    assert threefry_2x32(ones, ones) == (0x1CB996FC, 0xBB002BE7)
-
-
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63)])
-def test_noise_is_what_its_docstring_says(seed: int) -> None:
-    choice, position, num_ids = 3, 70_000, 50
-    got = np.asarray(gumbel(words(seed), jnp.int32(choice), jnp.int32(position), num_ids=num_ids))
-    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    key = threefry_2x32((low, high), (choice, position))
-    first_words = np.array([threefry_2x32(key, (i, 0))[0] for i in range(num_ids)])
-    uniform = (first_words // 2**9 + 0.5) / 2**23
-    # Two float32 logarithms; the inner one loses most where u is near 1.
-    np.testing.assert_allclose(got, -np.log(-np.log(uniform)), rtol=1e-5, atol=1e-5)
 
 
 def test_zero_temperature_takes_the_lowest_of_equal_ids() -> None:

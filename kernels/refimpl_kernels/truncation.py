@@ -1,0 +1,269 @@
+"""Which ids a row may draw from: top_k, top_p and min_p, without sorting the row.
+
+The definition, in integers, is part of `refimpl_kernels.sampling`'s. What is special here is how it
+is computed: exactly, from the best few ids of each row where these decide, and by bisection where
+they do not. Both ways find the same set.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float32, Int32, UInt32
+
+from refimpl_kernels.fixed_point import (
+    LIMB_BITS,
+    Wide,
+    at_least,
+    polynomial,
+    share,
+    signed,
+    unsigned,
+    wide_prefix_sums,
+    wide_sum,
+)
+from refimpl_kernels.rows import best_of_rows, first_where, max_of_rows
+
+WEIGHT_BITS = 31  # a weight is in units of 2^-31
+LOG_2 = 46516320  # in units of 2^-26
+EXPONENTIAL = (759250125, -759250154, 379625075, -126539760, 31634974, -6358988, 1059641)
+
+# Columns searched, and ids kept, of the best of a row.
+_COLUMNS = 64
+_SIZE = 256
+
+
+class Rules(NamedTuple):
+    """What a row is cut down to.
+
+    Attributes:
+        top_k: how many ids; v where the rule is off.
+        share: of the mass, in units of 2^-20; 2^20 where the rule is off.
+        weight: the least one, in units of 2^-31; 0 where the rule is off.
+    """
+
+    top_k: Int32[Array, " b"]
+    share: UInt32[Array, " b"]
+    weight: UInt32[Array, " b"]
+
+
+class Limit(NamedTuple):
+    """The last of the ids that are kept, in the order (value descending, id ascending).
+
+    Attributes:
+        value: its value.
+        last_id: itself.
+    """
+
+    value: Float32[Array, " b"]
+    last_id: Int32[Array, " b"]
+
+
+class Head(NamedTuple):
+    """The best ids of each row.
+
+    Attributes:
+        values: descending.
+        ids: ascending where values are equal.
+        kept: those that the rules leave, as far as they lie in here.
+        limit: of those that top_k and top_p leave.
+        is_all: whether every id that the rules leave is in here.
+    """
+
+    values: Float32[Array, "b k"]
+    ids: Int32[Array, "b k"]
+    kept: Bool[Array, "b k"]
+    limit: Limit
+    is_all: Bool[Array, " b"]
+
+
+def rules(
+    *,
+    top_k: Int32[Array, " b"],
+    top_p: Float32[Array, " b"],
+    min_p: Float32[Array, " b"],
+    width: int,
+) -> Rules:
+    """The parameters in integers; scaling by a power of two is exact, so no rounding is hidden."""
+    return Rules(
+        jnp.where((top_k > 0) & (top_k < width), top_k, width),
+        jnp.floor(jnp.clip(top_p, 0, 1) * (1 << LIMB_BITS)).astype(jnp.uint32),
+        jnp.ceil(jnp.clip(min_p, 0, 1) * jnp.float32(1 << WEIGHT_BITS)).astype(jnp.uint32),
+    )
+
+
+def weight_of(distance: Int32[Array, "*b"]) -> UInt32[Array, "*b"]:
+    """About 2^31 exp(-distance / 2^24), for distances from 0 to 2^30; never more for a larger one.
+
+    The steps stand in the docstring of `refimpl_kernels.sampling`.
+    """
+    distance = jnp.minimum(distance, jnp.int32(24 << 24))
+    halvings = ((distance >> 13) * 23637) >> 25
+    y = ((distance << 2) - halvings * LOG_2 - LOG_2 // 2) << 6
+    halvings = unsigned(halvings)
+    weight = unsigned(polynomial(y, EXPONENTIAL)) << 1
+    weight = (weight + ((jnp.uint32(1) << halvings) >> 1)) >> halvings
+    weight = jnp.minimum(weight, jnp.uint32(1 << WEIGHT_BITS))
+    weight = jnp.where(halvings > WEIGHT_BITS, jnp.uint32(0), weight)
+    return jnp.where(distance == 0, jnp.uint32(1 << WEIGHT_BITS), weight)
+
+
+def head_of(
+    x: Float32[Array, "b v"],
+    rule: Rules,
+    distance: Callable[[Float32[Array, "b w"]], Int32[Array, "b w"]],
+) -> Head:
+    """The best ids of each row, and what the rules leave of them."""
+    width = x.shape[1]
+    values, ids, floor = best_of_rows(x, size=_SIZE, columns=_COLUMNS)
+    sure = values > floor[:, None]
+    num_sure = jnp.sum(sure, axis=1, dtype=jnp.int32)
+    is_whole_row = (floor == -jnp.inf) & (values[:, -1] == -jnp.inf)
+
+    weights = jnp.where(sure, weight_of(distance(values)), jnp.uint32(0))
+    prefix = wide_prefix_sums(weights)
+    k_is_inside = rule.top_k <= num_sure
+    no_k = rule.top_k >= width
+    last = jnp.minimum(rule.top_k, _SIZE) - 1
+    has_share = rule.share < 1 << LIMB_BITS
+    # The mass that top_p is a share of: that of the k best, or of the whole row.
+    of_row = lax.cond(
+        jnp.any(has_share & ~k_is_inside),
+        lambda: wide_sum(weight_of(distance(x))),
+        lambda: Wide(jnp.zeros_like(rule.share), jnp.zeros_like(rule.share)),
+    )
+    of_head = Wide(_at(prefix.high, last), _at(prefix.low, last))
+    total = _where(k_is_inside, of_head, of_row)
+    needed = _needed(rule.share, total)
+    reaches = sure & at_least(prefix, Wide(needed.high[:, None], needed.low[:, None]))
+    mass_is_inside = jnp.any(reaches, axis=1)
+    last = jnp.where(
+        has_share & mass_is_inside, jnp.argmax(reaches, axis=1).astype(jnp.int32), last
+    )
+
+    limited = jnp.where(has_share, mass_is_inside, k_is_inside)
+    last = jnp.where(limited, last, _SIZE - 1)
+    heavy = weights >= rule.weight[:, None]
+    total_is_known = ~has_share | k_is_inside | no_k | is_whole_row
+    is_all = total_is_known & (limited | jnp.any(sure & ~heavy, axis=1) | is_whole_row)
+    kept = sure & heavy & (jnp.arange(_SIZE)[None, :] <= last[:, None])
+    limit = Limit(
+        jnp.where(limited, _at(values, last), -jnp.inf),
+        jnp.where(limited, _at(ids, last), width),
+    )
+    return Head(values, ids, kept, limit, is_all)
+
+
+def limits_of(
+    x: Float32[Array, "b v"],
+    rule: Rules,
+    distance: Callable[[Float32[Array, "b w"]], Int32[Array, "b w"]],
+) -> Limit:
+    """What top_k and top_p leave, by bisection over whole rows."""
+    width = x.shape[1]
+    none = Limit(jnp.full_like(x[:, 0], -jnp.inf), jnp.full_like(rule.top_k, width))
+
+    def by_count() -> Limit:
+        ones = jnp.ones_like(x, jnp.uint32)
+        needed = unsigned(rule.top_k)
+        return _shortest_prefix(x, ones, Wide(needed >> LIMB_BITS, needed & ((1 << LIMB_BITS) - 1)))
+
+    limit = lax.cond(jnp.any(rule.top_k < width), by_count, lambda: none)
+
+    def by_mass() -> Limit:
+        weights = jnp.where(is_within(x, limit), weight_of(distance(x)), jnp.uint32(0))
+        return _shortest_prefix(x, weights, _needed(rule.share, wide_sum(weights)))
+
+    has_share = rule.share < 1 << LIMB_BITS
+    shorter = lax.cond(jnp.any(has_share), by_mass, lambda: none)
+    return Limit(
+        jnp.where(has_share, shorter.value, limit.value),
+        jnp.where(has_share, shorter.last_id, limit.last_id),
+    )
+
+
+def is_within(x: Float32[Array, "b v"], limit: Limit) -> Bool[Array, "b v"]:
+    """Whether an id comes no later than the limit."""
+    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    value, last_id = limit.value[:, None], limit.last_id[:, None]
+    return (x > value) | ((x == value) & (ids <= last_id))
+
+
+def _shortest_prefix(
+    x: Float32[Array, "b v"], amounts: UInt32[Array, "b v"], needed: Wide
+) -> Limit:
+    """The end of the shortest prefix whose amounts sum up to what is needed.
+
+    In the order (value descending, id ascending); what is needed is at least 1 and at most the sum
+    of all. First the value is found, by bisection over the floats in their order, then the id.
+    """
+    best = max_of_rows(x)
+
+    def reached(value: Float32[Array, " b"], last_id: Int32[Array, " b"]) -> Bool[Array, " b"]:
+        inside = is_within(x, Limit(value, last_id))
+        return at_least(wide_sum(jnp.where(inside, amounts, jnp.uint32(0))), needed)
+
+    every_id = jnp.full(best.shape, x.shape[1], jnp.int32)
+    key, _ = _bisect(
+        lambda key: reached(_value_of(key), every_id),
+        true=_key_of(jnp.full_like(best, -jnp.inf)),
+        false=_key_of(best) + 1,
+    )
+    value = _value_of(key)
+    is_last_value = x == value[:, None]
+    first_id = first_where(is_last_value)
+    ties = wide_sum(is_last_value.astype(jnp.uint32))
+    last_id = lax.cond(
+        jnp.any((ties.high > 0) | (ties.low > 1)),
+        lambda: _bisect(lambda i: reached(value, i), true=every_id, false=first_id - 1)[0],
+        lambda: first_id,
+    )
+    return Limit(value, last_id)
+
+
+def _bisect(
+    holds: Callable[[Int32[Array, " b"]], Bool[Array, " b"]],
+    *,
+    true: Int32[Array, " b"],
+    false: Int32[Array, " b"],
+) -> tuple[Int32[Array, " b"], Int32[Array, " b"]]:
+    """Neighbouring numbers of which the one holds and the other does not."""
+
+    def gap(true: Array, false: Array) -> Array:
+        # Unsigned, since keys may lie more than 2^31 apart.
+        return jnp.where(
+            true < false, unsigned(false) - unsigned(true), unsigned(true) - unsigned(false)
+        )
+
+    def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        true, false = ends
+        middle = signed(unsigned(jnp.minimum(true, false)) + (gap(true, false) >> 1))
+        apart, does = gap(true, false) > 1, holds(middle)
+        return jnp.where(apart & does, middle, true), jnp.where(apart & ~does, middle, false)
+
+    return lax.while_loop(lambda ends: jnp.any(gap(*ends) > 1), halve, (true, false))
+
+
+def _key_of(x: Float32[Array, "*b"]) -> Int32[Array, "*b"]:
+    """An integer for each float, in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _value_of(key: Int32[Array, "*b"]) -> Float32[Array, "*b"]:
+    return lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def _needed(fraction: UInt32[Array, " b"], total: Wide) -> Wide:
+    """The mass that top_p asks for: at least 1, since one id is always kept."""
+    mass = share(fraction, total)
+    return Wide(mass.high, jnp.where((mass.high | mass.low) == 0, jnp.uint32(1), mass.low))
+
+
+def _at(x: Array, place: Int32[Array, " b"]) -> Array:
+    return jnp.take_along_axis(x, place[:, None], axis=1)[:, 0]
+
+
+def _where(condition: Bool[Array, " b"], a: Wide, b: Wide) -> Wide:
+    return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
