@@ -128,7 +128,7 @@ class StopStrings:
                 node = node.children.setdefault(character, Node(node.depth + 1))
             node.stop = stop
         nodes = list(self._link())
-        for node in (*reversed(nodes), self.root):
+        for node in reversed(nodes):
             node.look_ahead()
         for node in nodes:
             node.look_back()
@@ -144,8 +144,8 @@ class StopStrings:
     def candidate(self, node: "Node", pending: bytes) -> "Node":
         """What must be held back at a node: its longest suffix that may yet become a stop string.
 
-        Steps to suffixes cost nothing in the long run here either: the next character will find no
-        candidate among what they pass over.
+        Steps to suffixes cost nothing in the long run here either: whatever the next character is,
+        the candidate after it will be that much shorter.
 
         Args:
             node: after the text so far, or the candidate for less of the same pending bytes.
@@ -153,7 +153,7 @@ class StopStrings:
         """
         node = node.live_suffix
         while pending and pending not in node.begun and node is not node.replaceable_suffix:
-            node = node.suffix.live_suffix
+            node = node.suffix
         return node
 
     def _link(self) -> Iterator["Node"]:
