@@ -105,19 +105,24 @@ def dense_attention(
 
 def blocked_attention(
     query: Float32[Array, "b t n h"],
-    key: Float32[Array, "b s k h"],
-    value: Float32[Array, "b s k h"],
+    key: Float32[Array, "c s k h"],
+    value: Float32[Array, "c s k h"],
     *,
     query_positions: Int[Array, "b t"],
-    key_positions: Int[Array, "b s"],
+    key_positions: Int[Array, "c s"],
     scale: float,
     window: int | None = None,
     cap: float | None = None,
     block: int = 128,
+    rows: Int[Array, " b"] | None = None,
 ) -> Float32[Array, "b t n h"]:
     """Attention by running softmax over blocks of positions, in time linear in what is visible.
 
     The key of position p must lie at index p % s, and s must be a multiple of `block`.
+
+    Args:
+        rows: which row of keys and values each row of queries attends to; None for its own. So a
+            few rows of a large cache are read in place.
 
     Raises:
         NotImplementedError: inputs are not float32, or s is not a multiple of the block.
@@ -137,12 +142,14 @@ def blocked_attention(
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
 
     first, count = _block_range(query_positions, window=window, block=block)
+    rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         wanted = first + i
         begin = wanted % (key.shape[1] // block) * block
-        block_key, block_value = _take(key, begin, block), _take(value, begin, block)
-        block_positions = _take(key_positions, begin, block)
+        block_key = _take(key, rows, begin, block)
+        block_value = _take(value, rows, begin, block)
+        block_positions = _take(key_positions, rows, begin, block)
         # A ring place may still hold an older block, which had its turn under its own number.
         block_positions = jnp.where(
             block_positions // block == wanted[:, None], block_positions, -1
@@ -177,9 +184,14 @@ def _block_range(
     return first, jnp.max(last // block + 1 - first)
 
 
-def _take(array: Array, begin: Int[Array, " b"], length: int) -> Array:
-    """`length` entries of the second axis from a place of each row's own."""
-    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, length))(array, begin)
+def _take(array: Array, rows: Int[Array, " b"], begin: Int[Array, " b"], length: int) -> Array:
+    """`length` entries of the second axis of some rows, from a place of each row's own."""
+
+    def one(row: Array, at: Array) -> Array:
+        start = (row, at, *[jnp.zeros_like(at)] * (array.ndim - 2))
+        return jax.lax.dynamic_slice(array, start, (1, length, *array.shape[2:]))[0]
+
+    return jax.vmap(one)(rows, begin)
 
 
 def _accumulate(

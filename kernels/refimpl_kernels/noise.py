@@ -49,6 +49,7 @@ LOG = (108841209, 178956836, -59651939, 26519210, -13266407, 54457, -29914, 2148
 RATIO = (37687007, 85194129, 23447431, 9354470, 4346120, 16914, 8901, 6075, 3619)
 
 _PARITY = 0x1BD11BDA
+_NOISE_OF_HALF = 6149100  # -log(log 2), a little more
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -120,6 +121,20 @@ def gumbel_of_words(word: UInt32[Array, "*b"]) -> Int32[Array, "*b"]:
     of_high = exponential - unsigned(log)
     # One may exceed 2^31 and the other may be negative: the shifts differ.
     return jnp.where(low, (of_low + 4) >> 3, signed((of_high + 4) >> 3))
+
+
+def bound_of_words(word: UInt32[Array, "*b"]) -> Int32[Array, "*b"]:
+    """What the noise of random words does not exceed, for a tenth of its cost.
+
+    Where u >= 1/2, the noise is below -log(1 - u), and the bits of a float are a logarithm of base
+    2 with straight lines between the powers; so the bound is at most 0.43 too high, and 0.07 for
+    large noise. Where u < 1/2 it is the noise of 1/2.
+    """
+    rest = signed(~word).astype(jnp.float32)  # meant for words of 2^31 and more
+    log_2 = lax.bitcast_convert_type(rest, jnp.int32) - ((127 + 32) << 23)
+    # 355 / 2^8 is a little more than 2 log 2; the 2 makes up for what was rounded.
+    bound = (((-log_2) >> 8) + 2) * 355
+    return jnp.where(word < jnp.uint32(1 << 31), jnp.int32(_NOISE_OF_HALF), bound)
 
 
 def _centred(x: UInt32[Array, "*b"]) -> Int32[Array, "*b"]:

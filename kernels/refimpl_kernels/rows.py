@@ -66,40 +66,44 @@ def top_of_rows(
 def best_of_rows(
     x: Float32[Array, "b v"], *, size: int, columns: int
 ) -> tuple[Float32[Array, "b size"], Int32[Array, "b size"], Float32[Array, " b"]]:
-    """The best of each row, as far as they lie in few columns.
-
-    A row is seen as a matrix of COLUMNS columns, and the columns with the highest maxima are
-    searched. So the k best of a row are found for sure when k <= `columns` and they are distinct.
-
-    Args:
-        size: how many to return.
-        columns: how many columns to search.
+    """The best of each row, as far as they lie in the `columns` best columns.
 
     Returns:
         Values from the highest, and of equal ones from the lowest index; their indices; a floor:
         what lies above it is complete and in order, what does not may be missing others like it.
-        With fewer values than `size` the rest is -inf, and the floor at least that.
+        With fewer values than `size` the rest is -inf.
     """
-    matrix = _matrix(_without_signed_zeros(x), fill=-jnp.inf)
-    b, width = matrix.shape[0], matrix.shape[2]
-    if width <= columns:
-        floor = jnp.full((b,), -jnp.inf, jnp.float32)
-        picked = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (b, width))
-        candidates = matrix
-    else:
-        peaks = lax.optimization_barrier(jnp.max(matrix, axis=1))
-        highest, order = lax.top_k(peaks, columns + 1)
-        floor = highest[:, columns]
-        # In the order of their indices, so that of equal values the lowest index comes first.
-        picked = jnp.sort(order[:, :columns], axis=1)
-        candidates = jnp.take_along_axis(matrix, picked[:, None, :], axis=2)
-    found = candidates.shape[1] * candidates.shape[2]
-    values, places = lax.top_k(candidates.reshape(b, found), min(size, found))
-    row, column = places // picked.shape[1], places % picked.shape[1]
-    indices = row * width + jnp.take_along_axis(picked, column, axis=1)
+    # The barrier has the row written once instead of computed for each of its readers.
+    x = lax.optimization_barrier(_without_signed_zeros(x))
+    candidates, indices, floor = best_columns(x, columns)
+    values, places = lax.top_k(candidates, min(size, candidates.shape[1]))
     missing = ((0, 0), (0, size - values.shape[1]))
     values = jnp.pad(values, missing, constant_values=-jnp.inf)
-    return values, jnp.pad(indices, missing), floor
+    indices = jnp.pad(jnp.take_along_axis(indices, places, axis=1), missing)
+    return values, indices, floor
+
+
+def best_columns(
+    x: Float32[Array, "b v"], count: int
+) -> tuple[Float32[Array, "b w"], Int32[Array, "b w"], Float32[Array, " b"]]:
+    """The columns with the highest maxima, of each row seen as a matrix of COLUMNS columns.
+
+    So the k best of a row are among them when k <= `count` and they are distinct.
+
+    Returns:
+        Their values and indices, from the lowest index; the highest value outside of them.
+    """
+    matrix = _matrix(x, fill=-jnp.inf)
+    b, rows, width = matrix.shape
+    if width <= count:
+        everything = lax.broadcasted_iota(jnp.int32, (b, rows * width), 1)
+        return matrix.reshape(b, -1), everything, jnp.full((b,), -jnp.inf, jnp.float32)
+    peaks = lax.optimization_barrier(jnp.max(matrix, axis=1))
+    highest, order = lax.top_k(peaks, count + 1)
+    picked = jnp.sort(order[:, :count], axis=1)[:, None, :]
+    values = jnp.take_along_axis(matrix, picked, axis=2)
+    indices = lax.broadcasted_iota(jnp.int32, values.shape, 1) * width + picked
+    return values.reshape(b, -1), indices.reshape(b, -1), highest[:, count]
 
 
 def column_sums(x: Shaped[Array, "b v"]) -> Shaped[Array, "b columns"]:

@@ -1,5 +1,6 @@
 """Choosing the next token: greedy, or by temperature with noise that depends on nothing else."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -7,23 +8,25 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float32, Int, Int32, UInt32
 
-from refimpl_kernels.noise import NOISE_BITS, gumbel_noise
-from refimpl_kernels.rows import cut_off, first_where, max_of_rows
+from refimpl_kernels.noise import NOISE_BITS, bound_of_words, gumbel_of_words, noise_words
+from refimpl_kernels.rows import best_columns, cut_off, first_where, max_of_rows, min_of_rows
 from refimpl_kernels.truncation import (
-    Head,
+    FARTHEST,
+    NO_SHARE,
     Limit,
     head_of,
     is_within,
     limits_of,
-    rules,
-    weight_of,
+    no_head,
+    rules_of,
 )
 
 SAMPLER_VERSION = 1
 
 # As in vLLM: below this a temperature is greedy.
 _COOLEST = 1e-5
-_FARTHEST = 64.0
+# Columns of a row in which the noise is computed first.
+_COLUMNS = 16
 _NEVER = -(2**31)
 # The smallest float32 that every device keeps apart from zero.
 _SMALLEST = 2.0**-126
@@ -93,57 +96,68 @@ def _drawn(
     position: Int32[Array, " b"],
     is_random: Bool[Array, " b"],
 ) -> Int32[Array, " b"]:
-    rule = rules(top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p, width=x.shape[1])
-    is_cut = (rule.top_k < x.shape[1]) | (rule.share < 1 << 20) | (rule.weight > 0)
-    is_cut = is_random & is_cut
-    temperature = jnp.where(is_random, rows.temperature, 1)[:, None]
+    width = x.shape[1]
+    rule = rules_of(top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p, width=width)
+    is_cut = (rule.top_k < width) | (rule.share < NO_SHARE) | (rule.farthest < FARTHEST)
+    is_cut = is_cut & is_random
+    temperature = jnp.where(is_random, rows.temperature, 1)
 
     def distance(x: Float32[Array, "b w"]) -> Int32[Array, "b w"]:
-        apart = jnp.where(x == best[:, None], 0, (best[:, None] - x) / temperature)
-        return (jnp.minimum(apart, _FARTHEST) * (1 << NOISE_BITS)).astype(jnp.int32)
+        apart = (best[:, None] - x) / temperature[:, None]
+        apart = jnp.where(x == best[:, None], 0, apart)  # not nan, where both are infinite
+        nearest = jnp.minimum(apart, FARTHEST / (1 << NOISE_BITS))
+        return (nearest * (1 << NOISE_BITS)).astype(jnp.int32)
 
-    def from_rows(limit: Limit) -> Int32[Array, " b"]:
+    head = lax.cond(jnp.any(is_cut), lambda: head_of(x, rule, distance), lambda: no_head(x))
+    limit = lax.cond(
+        jnp.any(is_cut & ~head.is_enough),
+        lambda: limits_of(x, rule, distance),
+        lambda: head.limit,
+    )
+    limit = Limit(
+        jnp.where(is_cut, jnp.where(head.is_enough, head.limit.value, limit.value), -jnp.inf),
+        jnp.where(is_cut, jnp.where(head.is_enough, head.limit.last_id, limit.last_id), width),
+    )
+
+    def scores(
+        x: Float32[Array, "b w"],
+        ids: Int32[Array, "#b w"],
+        noise_of: Callable[[UInt32[Array, "b w"]], Int32[Array, "b w"]],
+    ) -> Int32[Array, "b w"]:
         apart = distance(x)
-        kept = is_within(x, limit) & (x > -jnp.inf)
-        kept = lax.cond(
-            jnp.any(rule.weight > 0),
-            lambda: kept & (weight_of(apart) >= rule.weight[:, None]),
-            lambda: kept,
-        )
-        ids = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-        score = gumbel_noise(rows.seed, rows.choice, position, ids) - apart
-        score = lax.optimization_barrier(jnp.where(kept, score, _NEVER))
-        return jnp.minimum(first_where(score == max_of_rows(score)[:, None]), x.shape[1] - 1)
+        kept = is_within(limit, x, ids) & (apart <= rule.farthest[:, None]) & (x > -jnp.inf)
+        words = noise_words(rows.seed, rows.choice, position, ids)
+        return jnp.where(kept, noise_of(words) - apart, _NEVER)
 
-    def from_head(head: Head) -> Int32[Array, " b"]:
-        score = gumbel_noise(rows.seed, rows.choice, position, head.ids) - distance(head.values)
-        score = jnp.where(head.kept, score, _NEVER)
-        is_best = score == jnp.max(score, axis=1, keepdims=True)
-        return jnp.min(jnp.where(is_best, head.ids, x.shape[1] - 1), axis=1)
+    return lax.cond(
+        jnp.all(is_cut & head.is_enough | ~is_random),
+        lambda: _winner(scores(head.values, head.ids, gumbel_of_words), head.ids),
+        lambda: _drawn_from_rows(x, scores),
+    )
 
-    def cut() -> Int32[Array, " b"]:
-        head = head_of(x, rule, distance)
-        is_settled = head.is_all | ~is_cut
 
-        def searched() -> Limit:
-            limit = limits_of(x, rule, distance)
-            return Limit(
-                jnp.where(head.is_all, head.limit.value, limit.value),
-                jnp.where(head.is_all, head.limit.last_id, limit.last_id),
-            )
+def _drawn_from_rows(
+    x: Float32[Array, "b v"], scores: Callable[..., Int32[Array, "b w"]]
+) -> Int32[Array, " b"]:
+    """The id with the highest score, whose noise is computed where a bound does not rule it out."""
+    ids = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+    bounds = lax.optimization_barrier(scores(x, ids, bound_of_words).astype(jnp.float32))
+    _, candidates, floor = best_columns(bounds, _COLUMNS)
+    candidates = jnp.minimum(candidates, x.shape[1] - 1)
+    score = scores(jnp.take_along_axis(x, candidates, axis=1), candidates, gumbel_of_words)
+    # Rounding to float32 keeps the order: what exceeds the floor rounded exceeds what was rounded.
+    is_settled = jnp.max(score, axis=1).astype(jnp.float32) > floor
+    return lax.cond(
+        jnp.all(is_settled),
+        lambda: _winner(score, candidates),
+        lambda: _winner(lax.optimization_barrier(scores(x, ids, gumbel_of_words)), ids),
+    )
 
-        limit = lax.cond(jnp.all(is_settled), lambda: head.limit, searched)
-        limit = Limit(
-            jnp.where(is_cut, limit.value, -jnp.inf), jnp.where(is_cut, limit.last_id, x.shape[1])
-        )
-        return lax.cond(
-            jnp.all(head.is_all & is_cut | ~is_random),
-            lambda: from_head(head),
-            lambda: from_rows(limit),
-        )
 
-    everything = Limit(jnp.full_like(best, -jnp.inf), jnp.full(best.shape, x.shape[1], jnp.int32))
-    return lax.cond(jnp.any(is_cut), cut, lambda: from_rows(everything))
+def _winner(score: Int32[Array, "b w"], ids: Int32[Array, "#b w"]) -> Int32[Array, " b"]:
+    """The id with the highest score, the lowest of equal ones."""
+    is_best = score == max_of_rows(score)[:, None]
+    return min_of_rows(jnp.where(is_best, ids, jnp.int32(2**31 - 1)))
 
 
 def sample(

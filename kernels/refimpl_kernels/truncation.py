@@ -29,6 +29,11 @@ WEIGHT_BITS = 31  # a weight is in units of 2^-31
 LOG_2 = 46516320  # in units of 2^-26
 EXPONENTIAL = (759250125, -759250154, 379625075, -126539760, 31634974, -6358988, 1059641)
 
+NO_SHARE = 1 << LIMB_BITS
+FARTHEST = 1 << 30  # distances end here: 64, in units of 2^-24
+
+Distance = Callable[[Float32[Array, "b w"]], Int32[Array, "b w"]]
+
 # Columns searched, and ids kept, of the best of a row.
 _COLUMNS = 64
 _SIZE = 256
@@ -39,13 +44,13 @@ class Rules(NamedTuple):
 
     Attributes:
         top_k: how many ids; v where the rule is off.
-        share: of the mass, in units of 2^-20; 2^20 where the rule is off.
-        weight: the least one, in units of 2^-31; 0 where the rule is off.
+        share: of the mass, in units of 2^-20; NO_SHARE where the rule is off.
+        farthest: the largest distance that min_p leaves; FARTHEST where the rule is off.
     """
 
     top_k: Int32[Array, " b"]
     share: UInt32[Array, " b"]
-    weight: UInt32[Array, " b"]
+    farthest: Int32[Array, " b"]
 
 
 class Limit(NamedTuple):
@@ -66,19 +71,17 @@ class Head(NamedTuple):
     Attributes:
         values: descending.
         ids: ascending where values are equal.
-        kept: those that the rules leave, as far as they lie in here.
-        limit: of those that top_k and top_p leave.
-        is_all: whether every id that the rules leave is in here.
+        limit: what top_k and top_p leave.
+        is_enough: whether every id that the rules leave is in here, and the limit is known.
     """
 
     values: Float32[Array, "b k"]
     ids: Int32[Array, "b k"]
-    kept: Bool[Array, "b k"]
     limit: Limit
-    is_all: Bool[Array, " b"]
+    is_enough: Bool[Array, " b"]
 
 
-def rules(
+def rules_of(
     *,
     top_k: Int32[Array, " b"],
     top_p: Float32[Array, " b"],
@@ -86,11 +89,17 @@ def rules(
     width: int,
 ) -> Rules:
     """The parameters in integers; scaling by a power of two is exact, so no rounding is hidden."""
-    return Rules(
-        jnp.where((top_k > 0) & (top_k < width), top_k, width),
-        jnp.floor(jnp.clip(top_p, 0, 1) * (1 << LIMB_BITS)).astype(jnp.uint32),
-        jnp.ceil(jnp.clip(min_p, 0, 1) * jnp.float32(1 << WEIGHT_BITS)).astype(jnp.uint32),
-    )
+    share = jnp.floor(jnp.clip(top_p, 0, 1) * NO_SHARE).astype(jnp.uint32)
+    least = jnp.ceil(jnp.clip(min_p, 0, 1) * 2.0**WEIGHT_BITS).astype(jnp.uint32)
+    farthest = jnp.full(top_k.shape, FARTHEST, jnp.int32)
+
+    def by_min_p() -> Int32[Array, " b"]:
+        nearest = jnp.zeros_like(farthest)
+        found = _bisect(lambda d: weight_of(d) >= least, true=nearest, false=farthest)
+        return jnp.where(least > 0, found, farthest)
+
+    farthest = lax.cond(jnp.any(least > 0), by_min_p, lambda: farthest)
+    return Rules(jnp.where((top_k > 0) & (top_k < width), top_k, width), share, farthest)
 
 
 def weight_of(distance: Int32[Array, "*b"]) -> UInt32[Array, "*b"]:
@@ -109,73 +118,77 @@ def weight_of(distance: Int32[Array, "*b"]) -> UInt32[Array, "*b"]:
     return jnp.where(distance == 0, jnp.uint32(1 << WEIGHT_BITS), weight)
 
 
-def head_of(
-    x: Float32[Array, "b v"],
-    rule: Rules,
-    distance: Callable[[Float32[Array, "b w"]], Int32[Array, "b w"]],
-) -> Head:
-    """The best ids of each row, and what the rules leave of them."""
+def no_limit(x: Float32[Array, "b v"]) -> Limit:
+    """The limit that leaves all."""
+    b, width = x.shape
+    return Limit(jnp.full((b,), -jnp.inf, jnp.float32), jnp.full((b,), width, jnp.int32))
+
+
+def no_head(x: Float32[Array, "b v"]) -> Head:
+    """A head that is never enough."""
+    b = x.shape[0]
+    values = jnp.full((b, _SIZE), -jnp.inf, jnp.float32)
+    return Head(values, jnp.zeros((b, _SIZE), jnp.int32), no_limit(x), jnp.zeros((b,), bool))
+
+
+def head_of(x: Float32[Array, "b v"], rule: Rules, distance: Distance) -> Head:
+    """The best ids of each row, and the limit as far as they tell it."""
     width = x.shape[1]
     values, ids, floor = best_of_rows(x, size=_SIZE, columns=_COLUMNS)
-    sure = values > floor[:, None]
-    num_sure = jnp.sum(sure, axis=1, dtype=jnp.int32)
+    is_sure = values > floor[:, None]
     is_whole_row = (floor == -jnp.inf) & (values[:, -1] == -jnp.inf)
+    distances = distance(values)
+    has_end = jnp.any(is_sure & (distances > rule.farthest[:, None]), axis=1) | is_whole_row
 
-    weights = jnp.where(sure, weight_of(distance(values)), jnp.uint32(0))
-    prefix = wide_prefix_sums(weights)
-    k_is_inside = rule.top_k <= num_sure
-    no_k = rule.top_k >= width
-    last = jnp.minimum(rule.top_k, _SIZE) - 1
-    has_share = rule.share < 1 << LIMB_BITS
+    k_is_inside = rule.top_k <= jnp.sum(is_sure, axis=1, dtype=jnp.int32)
+    last_of_k = jnp.minimum(rule.top_k, _SIZE) - 1
+    has_share = rule.share < NO_SHARE
+    prefix = wide_prefix_sums(jnp.where(is_sure, weight_of(distances), jnp.uint32(0)))
     # The mass that top_p is a share of: that of the k best, or of the whole row.
     of_row = lax.cond(
         jnp.any(has_share & ~k_is_inside),
-        lambda: wide_sum(weight_of(distance(x))),
-        lambda: Wide(jnp.zeros_like(rule.share), jnp.zeros_like(rule.share)),
+        lambda: wide_sum(lax.optimization_barrier(weight_of(distance(x)))),
+        lambda: Wide(prefix.high[:, -1], prefix.low[:, -1]),
     )
-    of_head = Wide(_at(prefix.high, last), _at(prefix.low, last))
-    total = _where(k_is_inside, of_head, of_row)
+    of_k = Wide(_at(prefix.high, last_of_k), _at(prefix.low, last_of_k))
+    total = Wide(*(jnp.where(k_is_inside, k, row) for k, row in zip(of_k, of_row, strict=True)))
     needed = _needed(rule.share, total)
-    reaches = sure & at_least(prefix, Wide(needed.high[:, None], needed.low[:, None]))
-    mass_is_inside = jnp.any(reaches, axis=1)
-    last = jnp.where(
-        has_share & mass_is_inside, jnp.argmax(reaches, axis=1).astype(jnp.int32), last
-    )
+    reaches = is_sure & at_least(prefix, Wide(needed.high[:, None], needed.low[:, None]))
+    share_is_inside = jnp.any(reaches, axis=1)
+    total_is_known = ~has_share | k_is_inside | (rule.top_k >= width) | is_whole_row
 
-    limited = jnp.where(has_share, mass_is_inside, k_is_inside)
-    last = jnp.where(limited, last, _SIZE - 1)
-    heavy = weights >= rule.weight[:, None]
-    total_is_known = ~has_share | k_is_inside | no_k | is_whole_row
-    is_all = total_is_known & (limited | jnp.any(sure & ~heavy, axis=1) | is_whole_row)
-    kept = sure & heavy & (jnp.arange(_SIZE)[None, :] <= last[:, None])
+    last = jnp.where(has_share, jnp.argmax(reaches, axis=1).astype(jnp.int32), last_of_k)
+    is_limited = jnp.where(has_share, share_is_inside, k_is_inside)
+    none = no_limit(x)
     limit = Limit(
-        jnp.where(limited, _at(values, last), -jnp.inf),
-        jnp.where(limited, _at(ids, last), width),
+        jnp.where(is_limited, _at(values, last), none.value),
+        jnp.where(is_limited, _at(ids, last), none.last_id),
     )
-    return Head(values, ids, kept, limit, is_all)
+    return Head(values, ids, limit, total_is_known & (is_limited | has_end))
 
 
 def limits_of(
     x: Float32[Array, "b v"],
     rule: Rules,
-    distance: Callable[[Float32[Array, "b w"]], Int32[Array, "b w"]],
+    distance: Distance,
 ) -> Limit:
     """What top_k and top_p leave, by bisection over whole rows."""
     width = x.shape[1]
-    none = Limit(jnp.full_like(x[:, 0], -jnp.inf), jnp.full_like(rule.top_k, width))
+    none = no_limit(x)
 
     def by_count() -> Limit:
-        ones = jnp.ones_like(x, jnp.uint32)
         needed = unsigned(rule.top_k)
-        return _shortest_prefix(x, ones, Wide(needed >> LIMB_BITS, needed & ((1 << LIMB_BITS) - 1)))
+        ones = jnp.ones_like(x, jnp.uint32)
+        return _shortest_prefix(x, ones, Wide(needed >> LIMB_BITS, needed & (NO_SHARE - 1)))
 
     limit = lax.cond(jnp.any(rule.top_k < width), by_count, lambda: none)
 
     def by_mass() -> Limit:
-        weights = jnp.where(is_within(x, limit), weight_of(distance(x)), jnp.uint32(0))
+        kept = is_within(limit, x, _ids_of(x))
+        weights = lax.optimization_barrier(jnp.where(kept, weight_of(distance(x)), jnp.uint32(0)))
         return _shortest_prefix(x, weights, _needed(rule.share, wide_sum(weights)))
 
-    has_share = rule.share < 1 << LIMB_BITS
+    has_share = rule.share < NO_SHARE
     shorter = lax.cond(jnp.any(has_share), by_mass, lambda: none)
     return Limit(
         jnp.where(has_share, shorter.value, limit.value),
@@ -183,9 +196,10 @@ def limits_of(
     )
 
 
-def is_within(x: Float32[Array, "b v"], limit: Limit) -> Bool[Array, "b v"]:
+def is_within(
+    limit: Limit, x: Float32[Array, "b w"], ids: Int32[Array, "#b w"]
+) -> Bool[Array, "b w"]:
     """Whether an id comes no later than the limit."""
-    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     value, last_id = limit.value[:, None], limit.last_id[:, None]
     return (x > value) | ((x == value) & (ids <= last_id))
 
@@ -201,11 +215,11 @@ def _shortest_prefix(
     best = max_of_rows(x)
 
     def reached(value: Float32[Array, " b"], last_id: Int32[Array, " b"]) -> Bool[Array, " b"]:
-        inside = is_within(x, Limit(value, last_id))
+        inside = is_within(Limit(value, last_id), x, _ids_of(x))
         return at_least(wide_sum(jnp.where(inside, amounts, jnp.uint32(0))), needed)
 
     every_id = jnp.full(best.shape, x.shape[1], jnp.int32)
-    key, _ = _bisect(
+    key = _bisect(
         lambda key: reached(_value_of(key), every_id),
         true=_key_of(jnp.full_like(best, -jnp.inf)),
         false=_key_of(best) + 1,
@@ -216,7 +230,7 @@ def _shortest_prefix(
     ties = wide_sum(is_last_value.astype(jnp.uint32))
     last_id = lax.cond(
         jnp.any((ties.high > 0) | (ties.low > 1)),
-        lambda: _bisect(lambda i: reached(value, i), true=every_id, false=first_id - 1)[0],
+        lambda: _bisect(lambda i: reached(value, i), true=every_id, false=first_id - 1),
         lambda: first_id,
     )
     return Limit(value, last_id)
@@ -227,8 +241,8 @@ def _bisect(
     *,
     true: Int32[Array, " b"],
     false: Int32[Array, " b"],
-) -> tuple[Int32[Array, " b"], Int32[Array, " b"]]:
-    """Neighbouring numbers of which the one holds and the other does not."""
+) -> Int32[Array, " b"]:
+    """A number that holds and has a neighbour that does not, between one of each kind."""
 
     def gap(true: Array, false: Array) -> Array:
         # Unsigned, since keys may lie more than 2^31 apart.
@@ -242,7 +256,7 @@ def _bisect(
         apart, does = gap(true, false) > 1, holds(middle)
         return jnp.where(apart & does, middle, true), jnp.where(apart & ~does, middle, false)
 
-    return lax.while_loop(lambda ends: jnp.any(gap(*ends) > 1), halve, (true, false))
+    return lax.while_loop(lambda ends: jnp.any(gap(*ends) > 1), halve, (true, false))[0]
 
 
 def _key_of(x: Float32[Array, "*b"]) -> Int32[Array, "*b"]:
@@ -261,9 +275,9 @@ def _needed(fraction: UInt32[Array, " b"], total: Wide) -> Wide:
     return Wide(mass.high, jnp.where((mass.high | mass.low) == 0, jnp.uint32(1), mass.low))
 
 
+def _ids_of(x: Float32[Array, "b v"]) -> Int32[Array, "1 v"]:
+    return lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+
+
 def _at(x: Array, place: Int32[Array, " b"]) -> Array:
     return jnp.take_along_axis(x, place[:, None], axis=1)[:, 0]
-
-
-def _where(condition: Bool[Array, " b"], a: Wide, b: Wide) -> Wide:
-    return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
