@@ -13,14 +13,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
 _DIGEST_BYTES = 32
 
 
-@dataclass(frozen=True)
-class BlockKey:
+class BlockKey(NamedTuple):
     """Names a block by all tokens up to its end.
 
     Attributes:
@@ -130,7 +130,8 @@ class PrefixCache[Payload]:
     def store(self, keys: Sequence[BlockKey], payload: Payload, *, nbytes: int) -> bool:
         """Keep a block, and give up others for it if need be.
 
-        Of a block that is kept already the old payload stays.
+        Of a block that is kept already the old payload stays. Like `lookup`, a call takes time
+        proportional to the number of keys.
 
         Args:
             keys: of one prompt, from its beginning; the last is the block's.
