@@ -55,8 +55,7 @@ def top_of_rows(
     values, indices, floor = best_of_rows(x, size=k, columns=k)
 
     def of_whole_rows() -> tuple[Array, Array]:
-        values, indices = lax.top_k(_without_signed_zeros(x), k)
-        return values, indices.astype(jnp.int32)
+        return _top_k(lax.optimization_barrier(_without_signed_zeros(x)), k)
 
     # Values equal to the floor may have lower indices elsewhere.
     found = jnp.all((values[:, -1] > floor) | (floor == -jnp.inf))
@@ -76,7 +75,7 @@ def best_of_rows(
     # The barrier has the row written once instead of computed for each of its readers.
     x = lax.optimization_barrier(_without_signed_zeros(x))
     candidates, indices, floor = best_columns(x, columns)
-    values, places = lax.top_k(candidates, min(size, candidates.shape[1]))
+    values, places = _top_k(candidates, min(size, candidates.shape[1]))
     missing = ((0, 0), (0, size - values.shape[1]))
     values = jnp.pad(values, missing, constant_values=-jnp.inf)
     indices = jnp.pad(jnp.take_along_axis(indices, places, axis=1), missing)
@@ -99,7 +98,7 @@ def best_columns(
         everything = lax.broadcasted_iota(jnp.int32, (b, rows * width), 1)
         return matrix.reshape(b, -1), everything, jnp.full((b,), -jnp.inf, jnp.float32)
     peaks = lax.optimization_barrier(jnp.max(matrix, axis=1))
-    highest, order = lax.top_k(peaks, count + 1)
+    highest, order = _top_k(peaks, count + 1)
     picked = jnp.sort(order[:, :count], axis=1)[:, None, :]
     values = jnp.take_along_axis(matrix, picked, axis=2)
     indices = lax.broadcasted_iota(jnp.int32, values.shape, 1) * width + picked
@@ -136,6 +135,13 @@ def _columns_reduced(
         half = x.shape[1] // 2
         x = combine(x[:, :half], x[:, half:])
     return reduce(lax.optimization_barrier(x).reshape(x.shape[0], -1, COLUMNS), axis=1)
+
+
+def _top_k(x: Float32[Array, "b w"], k: int) -> tuple[Float32[Array, "b k"], Int32[Array, "b k"]]:
+    # XLA knows a top k by the slice it ends with. A slice of that slice hides it, and then the
+    # whole row is sorted; the barrier keeps the two apart.
+    values, indices = lax.optimization_barrier(tuple(lax.top_k(x, k)))
+    return values, indices.astype(jnp.int32)
 
 
 def _without_signed_zeros(x: Float32[Array, "b v"]) -> Float32[Array, "b v"]:

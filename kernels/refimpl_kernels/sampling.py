@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float32, Int, Int32, UInt32
 
-from refimpl_kernels.noise import NOISE_BITS, bound_of_words, gumbel_of_words, noise_words
+from refimpl_kernels.noise import bound_of_words, gumbel_of_words, noise_words
 from refimpl_kernels.rows import best_columns, cut_off, first_where, max_of_rows, min_of_rows
 from refimpl_kernels.truncation import (
-    FARTHEST,
-    NO_SHARE,
-    Limit,
+    distance_of,
     head_of,
+    is_cutting,
     is_within,
     limits_of,
     no_head,
@@ -76,14 +75,11 @@ def draw(
         position: of the token to be chosen, from 0 at the first token of the prompt.
         vocab_size: ids from here on are never chosen.
     """
-    x = jnp.where(jnp.abs(processed) < _SMALLEST, jnp.float32(0), processed)
-    x = cut_off(x, vocab_size)
-    best = max_of_rows(x)
-    greedy = jnp.minimum(first_where(x == best[:, None]), vocab_size - 1)
+    greedy = _first_best(cut_off(processed, vocab_size))
     is_random = rows.temperature >= _COOLEST
     drawn = lax.cond(
         jnp.any(is_random),
-        lambda: _drawn(x, best, rows, position, is_random),
+        lambda: _drawn(cut_off(processed, vocab_size), rows, position, is_random),
         lambda: greedy,
     )
     return jnp.where(is_random, drawn, greedy)
@@ -91,43 +87,34 @@ def draw(
 
 def _drawn(
     x: Float32[Array, "b v"],
-    best: Float32[Array, " b"],
     rows: SamplingRows,
     position: Int32[Array, " b"],
     is_random: Bool[Array, " b"],
 ) -> Int32[Array, " b"]:
+    # The barrier has the row written once instead of computed for each of its readers.
+    x = lax.optimization_barrier(jnp.where(jnp.abs(x) < _SMALLEST, jnp.float32(0), x))
     width = x.shape[1]
-    rule = rules_of(top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p, width=width)
-    is_cut = (rule.top_k < width) | (rule.share < NO_SHARE) | (rule.farthest < FARTHEST)
-    is_cut = is_cut & is_random
-    temperature = jnp.where(is_random, rows.temperature, 1)
-
-    def distance(x: Float32[Array, "b w"]) -> Int32[Array, "b w"]:
-        apart = (best[:, None] - x) / temperature[:, None]
-        apart = jnp.where(x == best[:, None], 0, apart)  # not nan, where both are infinite
-        nearest = jnp.minimum(apart, FARTHEST / (1 << NOISE_BITS))
-        return (nearest * (1 << NOISE_BITS)).astype(jnp.int32)
-
-    head = lax.cond(jnp.any(is_cut), lambda: head_of(x, rule, distance), lambda: no_head(x))
-    limit = lax.cond(
-        jnp.any(is_cut & ~head.is_enough),
-        lambda: limits_of(x, rule, distance),
-        lambda: head.limit,
+    rules = rules_of(
+        best=max_of_rows(x),
+        temperature=jnp.where(is_random, rows.temperature, 1),
+        top_k=jnp.where(is_random, rows.top_k, 0),
+        top_p=jnp.where(is_random, rows.top_p, 1),
+        min_p=jnp.where(is_random, rows.min_p, 0),
+        width=width,
     )
-    limit = Limit(
-        jnp.where(is_cut, jnp.where(head.is_enough, head.limit.value, limit.value), -jnp.inf),
-        jnp.where(is_cut, jnp.where(head.is_enough, head.limit.last_id, limit.last_id), width),
-    )
+    is_cut = is_cutting(rules, width)
+    head = lax.cond(jnp.any(is_cut), lambda: head_of(x, rules), lambda: no_head(x))
+    limit = limits_of(x, rules, head)
 
     def scores(
         x: Float32[Array, "b w"],
         ids: Int32[Array, "#b w"],
         noise_of: Callable[[UInt32[Array, "b w"]], Int32[Array, "b w"]],
     ) -> Int32[Array, "b w"]:
-        apart = distance(x)
-        kept = is_within(limit, x, ids) & (apart <= rule.farthest[:, None]) & (x > -jnp.inf)
+        distance = distance_of(x, rules)
+        kept = is_within(limit, x, ids) & (distance <= rules.farthest[:, None]) & (x > -jnp.inf)
         words = noise_words(rows.seed, rows.choice, position, ids)
-        return jnp.where(kept, noise_of(words) - apart, _NEVER)
+        return jnp.where(kept, noise_of(words) - distance, _NEVER)
 
     return lax.cond(
         jnp.all(is_cut & head.is_enough | ~is_random),
@@ -158,6 +145,10 @@ def _winner(score: Int32[Array, "b w"], ids: Int32[Array, "#b w"]) -> Int32[Arra
     """The id with the highest score, the lowest of equal ones."""
     is_best = score == max_of_rows(score)[:, None]
     return min_of_rows(jnp.where(is_best, ids, jnp.int32(2**31 - 1)))
+
+
+def _first_best(x: Float32[Array, "b v"]) -> Int32[Array, " b"]:
+    return jnp.minimum(first_where(x == max_of_rows(x)[:, None]), x.shape[1] - 1)
 
 
 def sample(

@@ -32,22 +32,24 @@ EXPONENTIAL = (759250125, -759250154, 379625075, -126539760, 31634974, -6358988,
 NO_SHARE = 1 << LIMB_BITS
 FARTHEST = 1 << 30  # distances end here: 64, in units of 2^-24
 
-Distance = Callable[[Float32[Array, "b w"]], Int32[Array, "b w"]]
-
 # Columns searched, and ids kept, of the best of a row.
 _COLUMNS = 64
 _SIZE = 256
 
 
 class Rules(NamedTuple):
-    """What a row is cut down to.
+    """What each row is cut down to.
 
     Attributes:
+        best: the highest value of a row, from which distances are measured.
+        temperature: their unit.
         top_k: how many ids; v where the rule is off.
         share: of the mass, in units of 2^-20; NO_SHARE where the rule is off.
         farthest: the largest distance that min_p leaves; FARTHEST where the rule is off.
     """
 
+    best: Float32[Array, " b"]
+    temperature: Float32[Array, " b"]
     top_k: Int32[Array, " b"]
     share: UInt32[Array, " b"]
     farthest: Int32[Array, " b"]
@@ -83,6 +85,8 @@ class Head(NamedTuple):
 
 def rules_of(
     *,
+    best: Float32[Array, " b"],
+    temperature: Float32[Array, " b"],
     top_k: Int32[Array, " b"],
     top_p: Float32[Array, " b"],
     min_p: Float32[Array, " b"],
@@ -99,7 +103,21 @@ def rules_of(
         return jnp.where(least > 0, found, farthest)
 
     farthest = lax.cond(jnp.any(least > 0), by_min_p, lambda: farthest)
-    return Rules(jnp.where((top_k > 0) & (top_k < width), top_k, width), share, farthest)
+    top_k = jnp.where((top_k > 0) & (top_k < width), top_k, width)
+    return Rules(best, temperature, top_k, share, farthest)
+
+
+def is_cutting(rules: Rules, width: int) -> Bool[Array, " b"]:
+    """Whether any rule is on."""
+    return (rules.top_k < width) | (rules.share < NO_SHARE) | (rules.farthest < FARTHEST)
+
+
+def distance_of(x: Float32[Array, "b w"], rules: Rules) -> Int32[Array, "b w"]:
+    """How far below the best, in units of 2^-24 temperatures; at most FARTHEST."""
+    best = rules.best[:, None]
+    apart = (best - x) / rules.temperature[:, None]
+    apart = jnp.where(x == best, 0, apart)  # not nan, where both are infinite
+    return (jnp.minimum(apart, FARTHEST / 2.0**24) * 2.0**24).astype(jnp.int32)
 
 
 def weight_of(distance: Int32[Array, "*b"]) -> UInt32[Array, "*b"]:
@@ -131,31 +149,31 @@ def no_head(x: Float32[Array, "b v"]) -> Head:
     return Head(values, jnp.zeros((b, _SIZE), jnp.int32), no_limit(x), jnp.zeros((b,), bool))
 
 
-def head_of(x: Float32[Array, "b v"], rule: Rules, distance: Distance) -> Head:
+def head_of(x: Float32[Array, "b v"], rules: Rules) -> Head:
     """The best ids of each row, and the limit as far as they tell it."""
     width = x.shape[1]
     values, ids, floor = best_of_rows(x, size=_SIZE, columns=_COLUMNS)
     is_sure = values > floor[:, None]
     is_whole_row = (floor == -jnp.inf) & (values[:, -1] == -jnp.inf)
-    distances = distance(values)
-    has_end = jnp.any(is_sure & (distances > rule.farthest[:, None]), axis=1) | is_whole_row
+    distances = distance_of(values, rules)
+    has_end = jnp.any(is_sure & (distances > rules.farthest[:, None]), axis=1) | is_whole_row
 
-    k_is_inside = rule.top_k <= jnp.sum(is_sure, axis=1, dtype=jnp.int32)
-    last_of_k = jnp.minimum(rule.top_k, _SIZE) - 1
-    has_share = rule.share < NO_SHARE
+    k_is_inside = rules.top_k <= jnp.sum(is_sure, axis=1, dtype=jnp.int32)
+    last_of_k = jnp.minimum(rules.top_k, _SIZE) - 1
+    has_share = rules.share < NO_SHARE
     prefix = wide_prefix_sums(jnp.where(is_sure, weight_of(distances), jnp.uint32(0)))
     # The mass that top_p is a share of: that of the k best, or of the whole row.
     of_row = lax.cond(
         jnp.any(has_share & ~k_is_inside),
-        lambda: wide_sum(lax.optimization_barrier(weight_of(distance(x)))),
+        lambda: wide_sum(lax.optimization_barrier(weight_of(distance_of(x, rules)))),
         lambda: Wide(prefix.high[:, -1], prefix.low[:, -1]),
     )
     of_k = Wide(_at(prefix.high, last_of_k), _at(prefix.low, last_of_k))
     total = Wide(*(jnp.where(k_is_inside, k, row) for k, row in zip(of_k, of_row, strict=True)))
-    needed = _needed(rule.share, total)
+    needed = _needed(rules.share, total)
     reaches = is_sure & at_least(prefix, Wide(needed.high[:, None], needed.low[:, None]))
     share_is_inside = jnp.any(reaches, axis=1)
-    total_is_known = ~has_share | k_is_inside | (rule.top_k >= width) | is_whole_row
+    total_is_known = ~has_share | k_is_inside | (rules.top_k >= width) | is_whole_row
 
     last = jnp.where(has_share, jnp.argmax(reaches, axis=1).astype(jnp.int32), last_of_k)
     is_limited = jnp.where(has_share, share_is_inside, k_is_inside)
@@ -167,28 +185,47 @@ def head_of(x: Float32[Array, "b v"], rule: Rules, distance: Distance) -> Head:
     return Head(values, ids, limit, total_is_known & (is_limited | has_end))
 
 
-def limits_of(
-    x: Float32[Array, "b v"],
-    rule: Rules,
-    distance: Distance,
-) -> Limit:
-    """What top_k and top_p leave, by bisection over whole rows."""
+def limits_of(x: Float32[Array, "b v"], rules: Rules, head: Head) -> Limit:
+    """What top_k and top_p leave: as the head tells, or searched for in the whole row.
+
+    Row by row, since a search takes some thirty passes and few rows need one.
+    """
+    has_to_search = is_cutting(rules, x.shape[1]) & ~head.is_enough
+
+    def of_row(row: tuple[Array, Rules, Limit, Array]) -> Limit:
+        x, rules, limit, has_to_search = row
+
+        def search() -> Limit:
+            found = _searched(x[None], Rules(*(value[None] for value in rules)))
+            return Limit(found.value[0], found.last_id[0])
+
+        return lax.cond(has_to_search, search, lambda: limit)
+
+    return lax.cond(
+        jnp.any(has_to_search),
+        lambda: lax.map(of_row, (x, rules, head.limit, has_to_search)),
+        lambda: head.limit,
+    )
+
+
+def _searched(x: Float32[Array, "b v"], rules: Rules) -> Limit:
     width = x.shape[1]
     none = no_limit(x)
 
     def by_count() -> Limit:
-        needed = unsigned(rule.top_k)
+        needed = unsigned(rules.top_k)
         ones = jnp.ones_like(x, jnp.uint32)
         return _shortest_prefix(x, ones, Wide(needed >> LIMB_BITS, needed & (NO_SHARE - 1)))
 
-    limit = lax.cond(jnp.any(rule.top_k < width), by_count, lambda: none)
+    limit = lax.cond(jnp.any(rules.top_k < width), by_count, lambda: none)
 
     def by_mass() -> Limit:
         kept = is_within(limit, x, _ids_of(x))
-        weights = lax.optimization_barrier(jnp.where(kept, weight_of(distance(x)), jnp.uint32(0)))
-        return _shortest_prefix(x, weights, _needed(rule.share, wide_sum(weights)))
+        weights = jnp.where(kept, weight_of(distance_of(x, rules)), jnp.uint32(0))
+        weights = lax.optimization_barrier(weights)
+        return _shortest_prefix(x, weights, _needed(rules.share, wide_sum(weights)))
 
-    has_share = rule.share < NO_SHARE
+    has_share = rules.share < NO_SHARE
     shorter = lax.cond(jnp.any(has_share), by_mass, lambda: none)
     return Limit(
         jnp.where(has_share, shorter.value, limit.value),
