@@ -321,6 +321,7 @@ def test_a_request_fits_its_model() -> None:
     for vocab_size, context, parameter, message in [
         (99, 10, "prompt", "prompt has token id 99, which is outside the vocabulary of 99"),
         (100, 9, "max_tokens", "context is 9 tokens; the prompt has 2 and max_tokens is 8"),
+        (100, 2, "max_tokens", "context is 2 tokens; the prompt has 2 and max_tokens is 8"),
         (100, 1, "prompt", "context is 1 tokens; the prompt has 2 and max_tokens is 8"),
     ]:
         with pytest.raises(InvalidRequestError, match=message) as caught:
@@ -375,6 +376,8 @@ def test_log_probabilities_not_asked_for_are_none() -> None:
     completion = collect(Request(prompt_ids=(2,)), [Finished(0, "length", None, 0, None)])
     assert completion == Completion(completion.choices, 1, 0, None)
     assert completion.choices[0].logprobs is None
+    wanted = Request(prompt_ids=(2,), params=SamplingParams(logprobs=0))
+    assert collect(wanted, [Finished(0, "length", None, 0, None)]).choices[0].logprobs == ()
     assert completion.choices[0].text == ""
 
 
