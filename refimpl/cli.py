@@ -1,4 +1,4 @@
-"""The command line: complete, score, models.
+"""The command line: complete, score, bench, models.
 
 Results go to standard output, progress and errors to standard error; `refimpl.__main__` says how a
 run ends.
@@ -155,6 +155,68 @@ def score(
         _print_json({"tokens": pieces, "ids": ids, "logprobs": logprobs})
     else:
         _print_scores(pieces, ids, logprobs)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "`refimpl bench --quick`\n\n"
+    "`refimpl bench --streams 1,8 --prefill 512 --json > here.json`\n\n"
+    "`uv run --with xllamacpp refimpl bench --peer llama.cpp`"
+)
+def bench(
+    model: ModelOption = None,
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure this beside us, in turns, and print ratios: llama.cpp, for a GGUF file.",
+            show_default=False,
+        ),
+    ] = None,
+    streams: Annotated[
+        str | None,
+        typer.Option(help="Numbers of streams that decode together. Default: 1,2,4,8,16."),
+    ] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="Lengths of prompts. Default: 128,512,2048.")
+    ] = None,
+    repeat: Annotated[
+        int | None, typer.Option(help="Turns at each measurement; medians count. Default: 5.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens that each stream decodes in a turn. Default: 32.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of the peer; we use every core. Default: one for each core."),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Other defaults, for a minute: 1,8 streams; 512; 3; 16."),
+    ] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Compile everything anew, too, which takes minutes.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast this machine runs a model, alone or against a peer.
+
+    Prints medians of alternating runs: times to load, to compile and to the first token, tokens per
+    second, memory. What Ctrl-C interrupts is printed as far as it got.
+    """
+    from refimpl.bench.command import make_plan, print_benchmark
+
+    plan = make_plan(
+        model,
+        peer=peer,
+        streams=streams,
+        prefill=prefill,
+        repeat=repeat,
+        tokens=tokens,
+        threads=threads,
+        is_quick=quick,
+        is_cold=cold,
+    )
+    print_benchmark(plan, as_json=as_json)
 
 
 @app.command(epilog="Example:\n\n`refimpl models`")

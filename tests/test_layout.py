@@ -74,6 +74,12 @@ ROOMS = {
         ours="refimpl.errors refimpl.engine refimpl.server",
         theirs="prometheus_client pydantic quart",
     ),
+    # It measures what others make, so it imports them; only the command line imports it.
+    "refimpl.bench": room(
+        ours="""refimpl.bench refimpl.engine refimpl.errors refimpl.loading refimpl.model
+        refimpl.progress refimpl_kernels refimpl_weights""",
+        theirs="numpy rich",
+    ),
     "refimpl.cli": COMMAND_LINE,
     "refimpl.progress": COMMAND_LINE,
     "refimpl.__main__": COMMAND_LINE,
@@ -161,6 +167,12 @@ def test_imports(module):
         ("refimpl.server.app", "from refimpl.model import config", ["refimpl.model.config"]),
         ("refimpl.server.app", "from refimpl.cli import main", ["refimpl.cli"]),
         ("refimpl.cli", "import typer, rich, refimpl.server.app", []),
+        ("refimpl.cli", "from refimpl.bench.command import make_plan", []),
+        ("refimpl.bench.ours", "import refimpl.engine.engine", []),
+        ("refimpl.bench.ours", "import refimpl.cli", ["refimpl.cli"]),
+        ("refimpl.bench.llama_cpp", "import xllamacpp", ["xllamacpp"]),
+        ("refimpl.engine.engine", "from refimpl.bench import run", ["refimpl.bench.run"]),
+        ("refimpl.loading", "import refimpl.bench.run", ["refimpl.bench.run"]),
         ("refimpl.cli.serve", "import typer", []),
         ("refimpl.loading", "import typer", ["typer"]),
         ("refimpl.errors", "import numpy", ["numpy"]),
