@@ -1,4 +1,43 @@
-"""Choosing the next token: greedy, or by temperature with noise that depends on nothing else."""
+"""Choosing the next token: the published sampler.
+
+    token = argmax over the kept ids of (processed logit / temperature + Gumbel noise)
+
+which draws from the softmax over the kept ids (the Gumbel-max trick, Gumbel 1954). The noise of an
+id comes from a counter keyed by the request alone, so a draw does not depend on the batch, the
+slot, or how often anybody drew before. All that follows the one division is integer arithmetic, so
+the token is the same on every device, and another implementation can agree on every bit; see
+`tests/oracle/sampler.py` for one.
+
+The definition, version 1. `logit` is a processed logit, as `refimpl_kernels.penalties` defines it;
+only ids below the vocabulary's size take part, and the order of ids is (logit descending, id
+ascending). Logits smaller than 2^-126 in magnitude count as 0. A temperature below 1e-5 takes the
+first id in this order. Otherwise:
+
+1.  distance = floor(2^24 min(64, (best - logit) / temperature)), where the subtraction and the
+    division (a true one) are rounded to float32; 0 where logit = best.
+
+2.  weight = 2^31 for distance 0, and otherwise about 2^31 exp(-distance / 2^24):
+        D = min(distance, 24 * 2^24);  q = (D >> 13) * 23637 >> 25
+        y = (4 D - 46516320 q - 23258160) << 6
+        e = c0 + y c1 + ... + y^6 c6 by Horner's rule: v = c6;  v = ck + mulhi(v, y), k = 5 ... 0
+        weight = 0 if q > 31, else min(2^31, (2 e + (2^q >> 1)) >> q)
+    with c = EXPONENTIAL of `refimpl_kernels.truncation`, and mulhi and >> as in
+    `refimpl_kernels.noise`. The error is below 1e-8 of the weight and 0.6 units.
+
+3.  top_k, if it is positive, keeps the first top_k ids of the order.
+
+4.  top_p, if P = floor(2^20 top_p) < 2^20, keeps the shortest prefix of those whose weights sum up
+    to ceil(P * total / 2^20) or more, where total is the sum over the ids that top_k left; at least
+    one id. So top_p = 0 keeps the first id.
+
+5.  min_p keeps, of those, the ids with weight >= ceil(2^31 min_p). Ids with logit -inf are never
+    kept. (top_k, top_p, min_p in this order, as in vLLM and Hugging Face transformers.)
+
+6.  token = the kept id with the largest noise - distance, the lowest of equal ones, with the noise
+    of `refimpl_kernels.noise` for (seed, choice, position, id), where position is the token's own.
+
+If no id is kept since all logits are -inf, the token is 0.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

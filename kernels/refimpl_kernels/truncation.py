@@ -115,8 +115,10 @@ def is_cutting(rules: Rules, width: int) -> Bool[Array, " b"]:
 def distance_of(x: Float32[Array, "b w"], rules: Rules) -> Int32[Array, "b w"]:
     """How far below the best, in units of 2^-24 temperatures; at most FARTHEST."""
     best = rules.best[:, None]
-    apart = (best - x) / rules.temperature[:, None]
-    apart = jnp.where(x == best, 0, apart)  # not nan, where both are infinite
+    is_best = x == best
+    # Were the divisor a constant, XLA would multiply by its rounded reciprocal.
+    apart = (best - x) / jnp.where(is_best, 1, rules.temperature[:, None])
+    apart = jnp.where(is_best, 0, apart)  # not nan, where both are infinite
     return (jnp.minimum(apart, FARTHEST / 2.0**24) * 2.0**24).astype(jnp.int32)
 
 
@@ -209,28 +211,25 @@ def limits_of(x: Float32[Array, "b v"], rules: Rules, head: Head) -> Limit:
 
 
 def _searched(x: Float32[Array, "b v"], rules: Rules) -> Limit:
+    """The limit by top_k, then by top_p in what that leaves: twice the same search."""
     width = x.shape[1]
-    none = no_limit(x)
 
-    def by_count() -> Limit:
-        needed = unsigned(rules.top_k)
-        ones = jnp.ones_like(x, jnp.uint32)
-        return _shortest_prefix(x, ones, Wide(needed >> LIMB_BITS, needed & (NO_SHARE - 1)))
-
-    limit = lax.cond(jnp.any(rules.top_k < width), by_count, lambda: none)
-
-    def by_mass() -> Limit:
-        kept = is_within(limit, x, _ids_of(x))
-        weights = jnp.where(kept, weight_of(distance_of(x, rules)), jnp.uint32(0))
+    def step(limit: Limit, by_share: Bool[Array, ""]) -> tuple[Limit, None]:
+        weights = jnp.where(by_share, weight_of(distance_of(x, rules)), jnp.uint32(1))
+        weights = jnp.where(is_within(limit, x, _ids_of(x)), weights, jnp.uint32(0))
         weights = lax.optimization_barrier(weights)
-        return _shortest_prefix(x, weights, _needed(rules.share, wide_sum(weights)))
+        share = _needed(rules.share, wide_sum(weights))
+        count = unsigned(rules.top_k)
+        count = Wide(count >> LIMB_BITS, count & (NO_SHARE - 1))
+        needed = Wide(*(jnp.where(by_share, a, b) for a, b in zip(share, count, strict=True)))
+        is_on = jnp.where(by_share, rules.share < NO_SHARE, rules.top_k < width)
+        found = lax.cond(
+            jnp.any(is_on), lambda: _shortest_prefix(x, weights, needed), lambda: limit
+        )
+        value = jnp.where(is_on, found.value, limit.value)
+        return Limit(value, jnp.where(is_on, found.last_id, limit.last_id)), None
 
-    has_share = rules.share < NO_SHARE
-    shorter = lax.cond(jnp.any(has_share), by_mass, lambda: none)
-    return Limit(
-        jnp.where(has_share, shorter.value, limit.value),
-        jnp.where(has_share, shorter.last_id, limit.last_id),
-    )
+    return lax.scan(step, no_limit(x), jnp.array([False, True]))[0]
 
 
 def is_within(
