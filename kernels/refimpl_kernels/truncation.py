@@ -146,22 +146,23 @@ def no_limit(x: Float32[Array, "b v"]) -> Limit:
 
 def no_head(x: Float32[Array, "b v"]) -> Head:
     """A head that is never enough."""
-    b = x.shape[0]
-    values = jnp.full((b, _SIZE), -jnp.inf, jnp.float32)
-    return Head(values, jnp.zeros((b, _SIZE), jnp.int32), no_limit(x), jnp.zeros((b,), bool))
+    b, size = x.shape[0], min(_SIZE, x.shape[1])
+    values = jnp.full((b, size), -jnp.inf, jnp.float32)
+    return Head(values, jnp.zeros((b, size), jnp.int32), no_limit(x), jnp.zeros((b,), bool))
 
 
 def head_of(x: Float32[Array, "b v"], rules: Rules) -> Head:
     """The best ids of each row, and the limit as far as they tell it."""
     width = x.shape[1]
-    values, ids, floor = best_of_rows(x, size=_SIZE, columns=_COLUMNS)
+    size = min(_SIZE, width)
+    values, ids, floor = best_of_rows(x, size=size, columns=_COLUMNS)
     is_sure = values > floor[:, None]
-    is_whole_row = (floor == -jnp.inf) & (values[:, -1] == -jnp.inf)
+    is_whole_row = (floor == -jnp.inf) & ((values[:, -1] == -jnp.inf) | (size == width))
     distances = distance_of(values, rules)
     has_end = jnp.any(is_sure & (distances > rules.farthest[:, None]), axis=1) | is_whole_row
 
     k_is_inside = rules.top_k <= jnp.sum(is_sure, axis=1, dtype=jnp.int32)
-    last_of_k = jnp.minimum(rules.top_k, _SIZE) - 1
+    last_of_k = jnp.minimum(rules.top_k, size) - 1
     has_share = rules.share < NO_SHARE
     prefix = wide_prefix_sums(jnp.where(is_sure, weight_of(distances), jnp.uint32(0)))
     # The mass that top_p is a share of: that of the k best, or of the whole row.
