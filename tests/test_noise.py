@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from refimpl_kernels.noise import NOISE_BITS, gumbel_noise, gumbel_of_words, noise_words
+from refimpl_kernels.noise import (
+    NOISE_BITS,
+    bound_of_words,
+    gumbel_noise,
+    gumbel_of_words,
+    noise_words,
+)
 from refimpl_kernels.noise import threefry_2x32 as threefry_of_kernels
 from refimpl_kernels.sampling import split_seed
 
@@ -63,6 +69,7 @@ def gumbel_float64(word: np.ndarray) -> np.ndarray:
 
 
 GUMBEL = jax.jit(gumbel_of_words)
+BOUND = jax.jit(bound_of_words)
 
 
 @pytest.mark.parametrize("start", [0, 2**31 - 2**21, 2**32 - 2**22], ids=hex)
@@ -70,6 +77,7 @@ def test_noise_is_gumbel_at_the_ends_and_at_the_seam(start: int) -> None:
     word = np.arange(start, start + 2**22, dtype=np.int64).astype(np.uint32)
     error = np.asarray(GUMBEL(word)) * UNIT - gumbel_float64(word)
     assert np.max(np.abs(error)) < 1.7e-7  # as the docstring says
+    assert np.all(np.asarray(BOUND(word)) >= np.asarray(GUMBEL(word)))
 
 
 def test_noise_is_gumbel_all_over() -> None:
@@ -77,6 +85,10 @@ def test_noise_is_gumbel_all_over() -> None:
     word = np.arange(0, 2**32, 509, dtype=np.int64).astype(np.uint32)
     noise = np.asarray(GUMBEL(word)) * UNIT
     assert np.max(np.abs(noise - gumbel_float64(word))) < 1.7e-7
+    bound = np.asarray(BOUND(word)) * UNIT
+    assert np.all(bound >= noise)
+    assert np.max((bound - noise)[word >= 2**31]) < 0.43
+    assert np.max((bound - noise)[noise > 4]) < 0.07
     assert noise.min() > -3.13
     assert noise.max() < 22.88
 

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float32, Int32, Shaped
 
-# Columns of the matrix that a row is seen as: long enough for vectors, short enough to end cheaply.
+# Columns of the matrix that a row is seen as: enough for vectors, and few to end with.
 COLUMNS = 2048
+# The same where the best columns are looked for: so many that each holds few of the best.
+_SEARCHED_COLUMNS = 8192
 # The quarters of a row: two elementwise folds.
 _FOLDS = 2
 
@@ -85,7 +87,7 @@ def best_of_rows(
 def best_columns(
     x: Float32[Array, "b v"], count: int
 ) -> tuple[Float32[Array, "b w"], Int32[Array, "b w"], Float32[Array, " b"]]:
-    """The columns with the highest maxima, of each row seen as a matrix of COLUMNS columns.
+    """The columns with the highest maxima, of each row seen as a matrix of 8,192 columns.
 
     So the k best of a row are among them when k <= `count` and they are distinct.
 
@@ -150,8 +152,9 @@ def _without_signed_zeros(x: Float32[Array, "b v"]) -> Float32[Array, "b v"]:
 
 
 def _matrix(x: Shaped[Array, "b v"], *, fill: float | int) -> Shaped[Array, "b rows columns"]:
-    x = _padded(x, min(COLUMNS, x.shape[1]), fill=fill)
-    return x.reshape(x.shape[0], -1, min(COLUMNS, x.shape[1]))
+    columns = min(_SEARCHED_COLUMNS, x.shape[1])
+    x = _padded(x, columns, fill=fill)
+    return x.reshape(x.shape[0], -1, columns)
 
 
 def _padded(x: Shaped[Array, "b v"], multiple: int, *, fill: float | int) -> Shaped[Array, "b w"]:

@@ -32,9 +32,9 @@ EXPONENTIAL = (759250125, -759250154, 379625075, -126539760, 31634974, -6358988,
 NO_SHARE = 1 << LIMB_BITS
 FARTHEST = 1 << 30  # distances end here: 64, in units of 2^-24
 
-# Columns searched, and ids kept, of the best of a row.
-_COLUMNS = 64
+# How many of the best of a row are looked at first, and in how many columns.
 _SIZE = 256
+_COLUMNS = 256
 
 
 class Rules(NamedTuple):
