@@ -7,14 +7,21 @@ run ends.
 import itertools
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import refimpl
-from refimpl.errors import InvalidRequestError
+from refimpl.errors import EngineError, InvalidRequestError
 from refimpl.progress import Progress
+
+if TYPE_CHECKING:
+    from refimpl.engine.engine import Engine
+    from refimpl.engine.request import SamplingParams
+    from refimpl.model.gemma import Gemma
 
 app = typer.Typer(
     name="refimpl",
@@ -67,6 +74,7 @@ def _root(
     epilog="Examples:\n\n"
     '`refimpl complete "The capital of France is"`\n\n'
     '`refimpl complete "Once upon a time" --temperature 0.8 --seed 7 --max-tokens 100`\n\n'
+    '`refimpl complete "Q: 2+2? A:" --temperature 1 --top-k 40 --top-p 0.95 --stop "Q:"`\n\n'
     '`refimpl complete "2+2=" --model gemma3:4b --json`'
 )
 def complete(
@@ -74,6 +82,19 @@ def complete(
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy; at most 2.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Draw from the fewest tokens that are this probable together; 1: all."),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from this many of the likeliest tokens; 0: all.")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End before this text; give it again for further ones.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Makes a draw repeatable; by default each differs.", show_default=False),
@@ -82,43 +103,52 @@ def complete(
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT and print the text as it is made."""
-    from refimpl.engine.generate import SamplingParams, generate
-    from refimpl.engine.programs import Programs
-    from refimpl.model.detokenizer import IncrementalDecoder
+    from refimpl.engine.events import Delta, collect
+    from refimpl.engine.request import SamplingParams
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=tuple(stop or ()),
+        seed=seed,
+        logprobs=0,
+    )
     _refuse_empty(prompt, "the prompt")
-    with Progress() as progress:
-        gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
-        ids = gemma.tokenizer.encode(prompt)
-        tokens = generate(Programs(gemma), ids, params)
-        with progress.waiting("compiling and reading the prompt"):
-            first = next(tokens, None)
-        with progress.waiting("compiling the decode program"):
-            second = next(tokens, None)
+    events = []
+    with ExitStack() as stack:
+        with Progress() as progress:
+            gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
+            ids = gemma.tokenizer.encode(prompt)
+            engine = stack.enter_context(_engine_for(gemma, ids, params))
+            request = engine.request(ids, params)
+            stream = engine.stream(request)
+            with progress.waiting("compiling and reading the prompt"):
+                first = next(stream)
 
-    decoder = IncrementalDecoder(gemma.tokenizer)
-    made = []
-    text = "" if as_json else prompt
-    _write(text)
-    early = [token for token in (first, second) if token is not None]
-    for token in itertools.chain(early, tokens):
-        made.append(token)
-        piece = "" if token.ends_text else decoder.push(token.id)
-        text += piece
-        _write("" if as_json else piece)
-    rest = decoder.flush()
-    _write("" if as_json else rest + "\n")
+        _write("" if as_json else prompt)
+        for event in itertools.chain([first], stream):
+            events.append(event)
+            if isinstance(event, Delta) and not as_json:
+                _write(event.text)
+    _write("" if as_json else "\n")
+
+    [choice] = collect(request, events).choices
+    if choice.finish_reason == "error":
+        raise EngineError(
+            f"the model's numbers were not finite any more after {len(choice.token_ids)} tokens: "
+            "the checkpoint is damaged, or needs other numerics"
+        )
     if as_json:
-        is_stopped = bool(made) and made[-1].ends_text
         _print_json({
             "model": str(gemma.path.name),
             "prompt": prompt,
             "prompt_ids": ids,
-            "text": text + rest,
-            "ids": [token.id for token in made],
-            "logprobs": [token.logprob for token in made],
-            "finish_reason": "stop" if is_stopped else "length",
+            "text": choice.text,
+            "ids": choice.token_ids,
+            "logprobs": [entry.logprob for entry in choice.logprobs or ()],
+            "finish_reason": choice.finish_reason,
         })  # fmt: skip
 
 
@@ -137,19 +167,18 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Print the log-probability of each token of a text, given those before it."""
-    from refimpl.engine.generate import score as score_ids
-    from refimpl.engine.programs import Programs
+    from refimpl.engine.request import SamplingParams
 
     wanted = _read_text(text, file)
     with Progress() as progress:
         gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
         ids = gemma.tokenizer.encode(wanted)
-        progress.update("compiling and scoring", 0, len(ids))
-        logprobs = score_ids(
-            Programs(gemma),
-            ids,
-            progress=lambda done, total: progress.update("compiling and scoring", done, total),
-        )
+        with (
+            progress.waiting("compiling and scoring"),
+            _engine_for(gemma, ids, SamplingParams(max_tokens=0)) as engine,
+        ):
+            scored = engine.score(ids)
+    logprobs = [None if entry is None else entry.logprob for entry in scored]
     pieces = [gemma.tokenizer.piece(i) for i in ids]
     if as_json:
         _print_json({"tokens": pieces, "ids": ids, "logprobs": logprobs})
@@ -240,6 +269,24 @@ def models(as_json: JsonOption = False) -> None:
         _print_json({"models": rows})
     else:
         _print_models(rows)
+
+
+def _engine_for(gemma: "Gemma", ids: Sequence[int], params: "SamplingParams") -> "Engine":
+    """An engine that is just large enough for one request, which it has checked.
+
+    Raises:
+        InvalidRequestError: the model cannot do it.
+    """
+    from refimpl.engine.engine import Engine, EngineOptions
+
+    # A power of two, so that requests of about the same length share compiled programs.
+    tokens = len(ids) + params.max_tokens
+    context = min(max(1024, 1 << (tokens - 1).bit_length()), gemma.config.context_length)
+    options = EngineOptions(slots=1, context=context, prefix_bytes=0, compile_at_start=False)
+    engine = Engine(gemma, options)
+    # Before the start, which takes the memory.
+    engine.check(engine.request(ids, params))
+    return engine
 
 
 def _print_models(rows: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@
     ├── UnknownModelError    a name that no registry entry, no folder and no file answers to
     ├── TokenizerError       text or ids that the vocabulary cannot take
     ├── TraceError           traces that cannot be saved, read or compared
+    ├── EngineError          an engine that is not running, or that failed and must be started anew
     └── InvalidRequestError  what the caller asked for cannot be done; `parameter` says which part
 
 Messages say what was got, what was expected and what to do. `assert` is only for our invariants.
@@ -34,6 +35,10 @@ class TokenizerError(RefimplError):
 
 class TraceError(RefimplError):
     """Traces that cannot be saved, read or compared."""
+
+
+class EngineError(RefimplError):
+    """An engine that is not running, or that failed and must be started anew."""
 
 
 class InvalidRequestError(RefimplError):

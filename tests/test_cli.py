@@ -6,20 +6,31 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from refimpl_weights.synthetic import write_checkpoint
+from refimpl_weights.synthetic import TINY, write_checkpoint
 
 import refimpl
 from refimpl import __main__ as entry
-from refimpl.engine.generate import score
-from refimpl.engine.programs import Programs
+from refimpl import cli
+from refimpl.engine.engine import Engine, EngineOptions
+from refimpl.engine.events import Choice
+from refimpl.engine.request import SamplingParams
 from refimpl.model.gemma import load_checkpoint
+from tests.tiny_variations import text_tensors, write_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), "gemma_mqa")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    options = EngineOptions(slots=1, context=1024, compile_at_start=False)
+    with Engine(load_checkpoint(folder), options) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,6 +55,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return call
 
 
+def logprobs_of(engine: Engine, prompt: str | list[int]) -> list[float | None]:
+    return [None if entry is None else entry.logprob for entry in engine.score(prompt)]
+
+
 def test_complete_prints_the_prompt_and_what_follows(run, folder: Path) -> None:
     arguments = ("complete", "hello", "--model", str(folder), "--max-tokens", "5")
     status, out, err = run(*arguments)
@@ -66,20 +81,71 @@ def test_a_seed_repeats_a_draw_and_another_differs(run, folder: Path) -> None:
         _, out, _ = run(*arguments, "--seed", str(seed), "--max-tokens", "8")
         return json.loads(out)["ids"]
 
-    assert draw(-1) == draw(-1)
-    assert len({tuple(draw(seed)) for seed in (1, 2, 3)}) == 3
+    drawn = {seed: draw(seed) for seed in (-1, 1, 2)}
+    assert draw(-1) == drawn[-1]
+    assert len(set(map(tuple, drawn.values()))) == 3
 
 
-def test_score_is_what_the_engine_scores(run, folder: Path, tmp_path: Path) -> None:
+def test_complete_is_what_the_engine_completes(run, folder: Path, engine: Engine) -> None:
+    """Every option of how to draw reaches the engine, and the engine's size changes nothing."""
+    named = {"max_tokens": 8, "temperature": 1.5, "top_p": 0.7, "top_k": 40, "seed": 3}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in named.items()]
+    reply = json.loads(run("complete", "hello", "-m", str(folder), *options, "--json")[1])
+
+    def complete(arguments: dict[str, Any]) -> Choice:
+        return engine.complete("hello", SamplingParams(logprobs=0, **arguments)).choices[0]
+
+    choice = complete(named)
+    assert reply["ids"] == list(choice.token_ids)
+    assert reply["logprobs"] == [entry.logprob for entry in choice.logprobs or ()]
+    assert (reply["text"], reply["finish_reason"]) == (choice.text, choice.finish_reason)
+    for name in named:  # Each of them matters here.
+        others = {key: value for key, value in named.items() if key != name}
+        assert complete({"seed": 4, **others}).token_ids != choice.token_ids, name
+
+
+def test_a_stop_string_ends_the_text(run, folder: Path, engine: Engine) -> None:
+    """The first one met, of several, and it is not printed."""
+    whole = engine.complete("hello", SamplingParams(max_tokens=8, temperature=0)).choices[0].text
+    # Two tokens' text, so that the first of them has to be held back.
+    stop, wanted = whole[3:5], whole[:3]
+    assert whole.index(stop) == 3
+    arguments = ("complete", "hello", "-m", str(folder), "--max-tokens", "8")
+    stops = ("--stop", "nothing like it", "--stop", stop)
+    assert run(*arguments, *stops)[1] == f"hello{wanted}\n"
+    reply = json.loads(run(*arguments, *stops, "--json")[1])
+    assert (reply["text"], reply["finish_reason"]) == (wanted, "stop")
+
+
+def test_text_is_printed_as_it_is_made(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One write for each token, which may be of nothing while a character is incomplete."""
+    written = list[str]()
+    monkeypatch.setattr(cli, "_write", written.append)
+    assert run("complete", "hello", "-m", str(folder), "--max-tokens", "8") == (0, "", "")
+    pieces = written[1:-1]
+    assert (written[0], written[-1], len(pieces)) == ("hello", "\n", 8)
+    assert len([piece for piece in pieces if piece]) > 4
+
+
+def test_a_model_that_breaks_down_says_so(run, tmp_path: Path) -> None:
+    tensors = text_tensors("gemma_mqa", layers=TINY["gemma_mqa"]["num_hidden_layers"])
+    tensors["norm.weight"][:] = 3e38
+    folder = write_folder(tmp_path, "gemma_mqa", tensors)
+    status, out, err = run("complete", "hello", "-m", str(folder), "--max-tokens", "5")
+    assert (status, out) == (2, "hello\n")
+    assert "not finite any more after 0 tokens" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_score_is_what_the_engine_scores(run, folder: Path, engine: Engine, tmp_path: Path) -> None:
     text = "one two"
     status, out, _ = run("score", text, "--model", str(folder), "--json")
     reply = json.loads(out)
     assert status == 0
     assert set(reply) == {"tokens", "ids", "logprobs"}
     assert reply["logprobs"][0] is None
-    gemma = load_checkpoint(folder)
-    assert reply["ids"] == gemma.tokenizer.encode(text)
-    assert reply["logprobs"] == score(Programs(gemma), reply["ids"])
+    assert reply["ids"] == engine.gemma.tokenizer.encode(text)
+    assert reply["logprobs"] == logprobs_of(engine, text)
     assert reply["tokens"][0] == "<bos>"
 
     file = tmp_path / "text.txt"
@@ -90,12 +156,13 @@ def test_score_is_what_the_engine_scores(run, folder: Path, tmp_path: Path) -> N
     assert "per token" in table[-1]
 
 
-def test_greedy_logprobs_of_complete_are_those_of_score(run, folder: Path) -> None:
+def test_greedy_logprobs_of_complete_are_those_of_score(run, folder: Path, engine: Engine) -> None:
     """Within 1e-5: one makes them token by token, the other in chunks."""
     _, out, _ = run("complete", "hello", "-m", str(folder), "--max-tokens", "6", "--json")
     made = json.loads(out)
-    scored = score(Programs(load_checkpoint(folder)), made["prompt_ids"] + made["ids"])
-    assert scored[-6:] == pytest.approx(made["logprobs"], abs=1e-5)
+    assert logprobs_of(engine, made["prompt_ids"] + made["ids"])[-6:] == pytest.approx(
+        made["logprobs"], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,10 +182,13 @@ def test_greedy_logprobs_of_complete_are_those_of_score(run, folder: Path) -> No
         (("complete", "hi", "--model", ""), "the model's name is empty"),
         (("complete", "hi", "--model", "./missing.gguf"), "no model, file or folder"),
         (("complete", "hi", "--model", "google/gemma-3-4b-it"), "google/gemma-3-4b-it"),
-        (("complete", "hi", "--max-tokens", "-1"), "max_tokens must be at least 0"),
-        (("complete", "hi", "--temperature", "3"), "between 0 (greedy) and 2"),
-        (("complete", "hi", "--temperature", "nan"), "between 0 (greedy) and 2"),
-        (("complete", "hi", "--seed", str(2**63)), "signed 64-bit"),
+        (("complete", "hi", "--max-tokens", "-1"), "max_tokens must be an integer from 0 to"),
+        (("complete", "hi", "--temperature", "3"), "temperature must be a number from 0 to 2"),
+        (("complete", "hi", "--temperature", "nan"), "temperature must be a number from 0 to 2"),
+        (("complete", "hi", "--seed", str(2**63)), f"seed must be an integer from {-(2**63)} to"),
+        (("complete", "hi", "--top-p", "1.5"), "top_p must be a number from 0 to 1"),
+        (("complete", "hi", "--top-k", "-2"), "top_k must be an integer from -1"),
+        (("complete", "hi", "--stop", ""), "strings of at least one character"),
         (("complete", "hi", "--numerics", "float16"), "hf_bfloat16"),
         (("complete", "a\udc80"), "surrogate"),
     ],

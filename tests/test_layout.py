@@ -43,8 +43,9 @@ COMMAND_LINE = room(
 )
 # Host code that plans and spells; whatever it imports must not bring JAX.
 HOST_CODE = room(
-    ours="""refimpl.errors refimpl.engine.request refimpl.engine.scheduler refimpl.engine.text
-    refimpl.model.detokenizer refimpl.model.tokenizer""",
+    ours="""refimpl.errors refimpl.engine.events refimpl.engine.inbox refimpl.engine.packing
+    refimpl.engine.prefix refimpl.engine.request refimpl.engine.scheduler refimpl.engine.session
+    refimpl.engine.text refimpl.model.detokenizer refimpl.model.tokenizer""",
     theirs="numpy",
 )
 # A module belongs to the room with the longest name that begins its own.
@@ -67,9 +68,22 @@ ROOMS = {
         ours="refimpl.errors refimpl.engine refimpl.model refimpl_kernels",
         theirs="jax jaxtyping numpy",
     ),
-    "refimpl.engine.request": HOST_CODE,
-    "refimpl.engine.scheduler": HOST_CODE,
-    "refimpl.engine.text": HOST_CODE,
+    **dict.fromkeys(
+        (
+            f"refimpl.engine.{name}"
+            for name in (
+                "events",
+                "inbox",
+                "packing",
+                "prefix",
+                "request",
+                "scheduler",
+                "session",
+                "text",
+            )
+        ),
+        HOST_CODE,
+    ),
     "refimpl.server": room(
         ours="refimpl.errors refimpl.engine refimpl.server",
         theirs="prometheus_client pydantic quart",

@@ -4,18 +4,17 @@ One test for each, named after its row in our list of known bugs, see `test_port
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from refimpl_weights import synthetic_gguf, synthetic_tokenizer
 from refimpl_weights.gguf import GGUFFile
 
-from refimpl.engine.generate import SamplingParams, generate
-from refimpl.engine.programs import CHUNKS, Programs, cache_length, padded_chunk
+from refimpl.engine.engine import Engine, EngineOptions
+from refimpl.engine.request import SamplingParams
 from refimpl.model.gemma import load_checkpoint
 from refimpl.model.gguf_config import from_gguf
 from refimpl.model.hf_config import from_hugging_face, to_hugging_face
@@ -80,8 +79,10 @@ def rigged_folder(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rigged(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    return Programs(load_checkpoint(rigged_folder(tmp_path_factory.mktemp("rigged"))))
+def rigged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    gemma = load_checkpoint(rigged_folder(tmp_path_factory.mktemp("rigged")))
+    with Engine(gemma, EngineOptions(slots=1, compile_at_start=False)) as engine:
+        yield engine
 
 
 def test_row_17_every_variant_has_all_its_end_ids() -> None:
@@ -130,14 +131,15 @@ def test_row_17_end_ids_are_those_of_all_files(
     assert set(load_checkpoint(folder).eos_ids) == expected
 
 
-def test_row_17_generation_stops_at_the_end_of_a_turn(rigged: Programs) -> None:
+def test_row_17_generation_stops_at_the_end_of_a_turn(rigged: Engine) -> None:
     """The same, where it has to reach the engine."""
     assert rigged.gemma.eos_ids == (EOS, END_OF_TURN)
-    [only] = generate(rigged, [BOS, 300], SamplingParams(max_tokens=4, temperature=0.0))
-    assert (only.id, only.ends_text) == (END_OF_TURN, True)
+    [choice] = rigged.complete([BOS, 300], SamplingParams(max_tokens=4, temperature=0)).choices
+    assert choice.token_ids == (END_OF_TURN,)
+    assert (choice.text, choice.finish_reason, choice.stop) == ("", "stop", END_OF_TURN)
 
 
-def test_row_29_rows_without_a_piece_are_never_sampled(rigged: Programs) -> None:
+def test_row_29_rows_without_a_piece_are_never_sampled(rigged: Engine) -> None:
     """Padding rows of the embedding drawn: Gemma 3 4B has 262,208 rows for 262,144 pieces, and the
     last 64 are random (transformers `convert_gemma3_weights_orbax_to_hf.py`).
     """
@@ -147,15 +149,9 @@ def test_row_29_rows_without_a_piece_are_never_sampled(rigged: Programs) -> None
     logits = np.asarray(traced(model)(np.array([[BOS, 300]]), np.array([[0, 1]]))[0])
     assert (logits.argmax(axis=-1) >= pieces).all()  # What the bug would say, at every place.
 
-    chunk = padded_chunk([BOS, 300], 0, 2, CHUNKS[0])
     for temperature in (0.0, 2.0):
-        sampling = (jnp.float32(temperature), jnp.array([1, 0], jnp.uint32), jnp.int32(0))
-        cache = rigged.new_cache(cache_length(32, context_length=gemma.config.context_length))
-        token, _, cache = rigged.prefill(gemma.parameters, cache, *chunk, np.int32(1), sampling)
-        drawn = [int(token)]
-        for position in range(2, 32):
-            state = (cache, token, np.int32(position))
-            token, _, cache = rigged.decode(gemma.parameters, *state, sampling)
-            drawn.append(int(token))
-        assert max(drawn) < pieces
-        assert (set(drawn) == {END_OF_TURN}) == (temperature == 0)
+        params = SamplingParams(max_tokens=31, temperature=temperature, seed=1, ignore_eos=True)
+        [choice] = rigged.complete([BOS, 300], params).choices
+        assert len(choice.token_ids) == 31
+        assert max(choice.token_ids) < pieces
+        assert (set(choice.token_ids) == {END_OF_TURN}) == (temperature == 0)

@@ -16,8 +16,8 @@ from flax import nnx
 from refimpl_kernels.gelu import gelu
 from refimpl_weights import synthetic
 
-from refimpl.engine.generate import score
-from refimpl.engine.programs import SCORE_CHUNK, Programs, padded_chunk
+from refimpl.engine.engine import Engine, EngineOptions
+from refimpl.engine.programs import chunks_of
 from refimpl.errors import ConfigError
 from refimpl.model.cache import KVCache
 from refimpl.model.gemma import load_checkpoint
@@ -191,10 +191,16 @@ def test_row_31_engine_compiles_bfloat16_so(tmp_path: Path) -> None:
     """The same, where the option has to reach the engine's programs."""
     folder = write_folder(tmp_path, "gemma3", text_tensors("gemma3", layers=1))
     gemma = load_checkpoint(folder, numerics=HF_BFLOAT16)
-    programs, ids = Programs(gemma), TOKENS[0].tolist()
-    got = np.array(score(programs, ids)[1:], np.float32)
+    options, ids = EngineOptions(slots=1, context=1024, compile_at_start=False), TOKENS[0].tolist()
+    with Engine(gemma, options) as engine:
+        scored = engine.score(ids)[1:]
+    got = np.array([entry.logprob for entry in scored if entry is not None], np.float32)
 
-    chunk = padded_chunk(ids, 0, len(ids), SCORE_CHUNK)
+    # The engine's chunk: all but the last token, with nothing in the places after them.
+    [chunk] = chunks_of(len(ids) - 1)
+    tokens = np.zeros((1, chunk.padded), np.int32)
+    positions = np.full((1, chunk.padded), -1, np.int32)
+    tokens[0, : chunk.count], positions[0, : chunk.count] = ids[:-1], range(chunk.count)
     implementations = implementations_for(HF_BFLOAT16, phase="prefill")
 
     def logprobs(options: dict[str, bool] | None) -> np.ndarray:
@@ -203,7 +209,10 @@ def test_row_31_engine_compiles_bfloat16_so(tmp_path: Path) -> None:
             logits, _ = module(tokens, positions, cache, implementations=implementations)
             return jax.nn.log_softmax(logits.astype(jnp.float32))
 
-        found = jax.jit(run, compiler_options=options)(*chunk, programs.new_cache(1024))
+        cache = KVCache.create(
+            gemma.config, batch=1, length=1024, chunk=chunk.padded, dtype=HF_BFLOAT16.dtype
+        )
+        found = jax.jit(run, compiler_options=options)(tokens, positions, cache)
         return np.asarray(found)[0, np.arange(len(ids) - 1), ids[1:]]
 
     right, untold = logprobs(HF_BFLOAT16.compiler_options), logprobs(None)

@@ -123,7 +123,11 @@ class Attention(nnx.Module):
                 window=self.spec.window,
                 cap=self.cap,
                 block=memory.block,
+                rows=memory.rows,
             )
+        if memory.rows is not None:
+            keys, values = keys[memory.rows], values[memory.rows]
+            key_positions = key_positions[memory.rows]
         scores = attention_scores(
             query, keys, scale=self.scale, cap=self.cap, scale_site=self.numerics.query_scale
         )

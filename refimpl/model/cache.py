@@ -27,6 +27,11 @@ class FullPass:
 
     positions: Int[Array, "b t"]
 
+    @property
+    def rows(self) -> None:
+        """Queries attend to their own row."""
+        return None
+
     def extend(
         self, layer: int, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]
     ) -> tuple[Float[Array, "b t k h"], Float[Array, "b t k h"], "FullPass"]:
@@ -50,7 +55,8 @@ class KVCache:
         keys: for each layer, "b s k h"; s is the length of the layer's kind.
         values: as keys.
         positions: for each kind of layer, which position each index holds, or -1.
-        latest: the positions of the call under way, "b t".
+        latest: the positions of the call under way, "t" for each row of the call.
+        rows: the rows that the call under way is about, or None for all in order.
         kinds: the kind of each layer.
         chunk: most positions that one call may write.
         length: positions that a row can hold in all.
@@ -60,7 +66,8 @@ class KVCache:
     keys: tuple[Float[Array, "b _ _ _"], ...]
     values: tuple[Float[Array, "b _ _ _"], ...]
     positions: dict[AttentionKind, Int[Array, "b _"]]
-    latest: Int[Array, "b t"]
+    latest: Int[Array, "_ t"]
+    rows: Int[Array, " _"] | None
     kinds: tuple[AttentionKind, ...] = field(metadata={"static": True})
     chunk: int = field(metadata={"static": True})
     length: int = field(metadata={"static": True})
@@ -104,14 +111,24 @@ class KVCache:
                 for kind in dict.fromkeys(config.layer_kinds)
             },
             latest=jnp.zeros((batch, 0), jnp.int32),
+            rows=None,
             kinds=config.layer_kinds,
             chunk=chunk,
             length=length,
             block=block,
         )
 
+    def of_rows(self, rows: Int[Array, " b"] | None) -> "KVCache":
+        """The same cache, of which the next call is about these rows; None for all in order.
+
+        A row may be named twice only with positions that write nothing.
+        """
+        return replace(self, rows=rows)
+
     def begin(self, positions: Int[Array, "b t"]) -> "KVCache":
         """Write down where this call's positions will lie; negative ones (padding) lie nowhere.
+
+        The positions are those of the rows that `of_rows` names, or of all rows.
 
         Raises:
             InvalidRequestError: more positions than the chunk the rings were made for.
@@ -121,15 +138,18 @@ class KVCache:
                 f"this cache takes at most {self.chunk} positions in one call, got "
                 f"{positions.shape[1]}; split the call or create the cache with a larger chunk"
             )
-        noted = {kind: _write(held, positions, positions) for kind, held in self.positions.items()}
+        noted = {
+            kind: _write(held, positions, positions, self.rows)
+            for kind, held in self.positions.items()
+        }
         return replace(self, positions=noted, latest=positions)
 
     def extend(
         self, layer: int, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]
-    ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"], "KVCache"]:
-        """Add a layer's keys and values; gives all that the layer may attend to."""
-        keys = _write(self.keys[layer], key, self.latest)
-        values = _write(self.values[layer], value, self.latest)
+    ) -> tuple[Float[Array, "c s k h"], Float[Array, "c s k h"], "KVCache"]:
+        """Add a layer's keys and values; gives all that the layer holds, of every row."""
+        keys = _write(self.keys[layer], key, self.latest, self.rows)
+        values = _write(self.values[layer], value, self.latest, self.rows)
         extended = replace(
             self,
             keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
@@ -137,7 +157,7 @@ class KVCache:
         )
         return keys, values, extended
 
-    def key_positions(self, kind: AttentionKind) -> Int[Array, "b s"]:
+    def key_positions(self, kind: AttentionKind) -> Int[Array, "c s"]:
         """The positions of what `extend` gives to layers of this kind."""
         return self.positions[kind]
 
@@ -149,9 +169,12 @@ def _round_up(length: int, block: int) -> int:
     return -(-length // block) * block
 
 
-def _write(held: Array, new: Array, positions: Int[Array, "b t"]) -> Array:
+def _write(
+    held: Array, new: Array, positions: Int[Array, "b t"], rows: Int[Array, " b"] | None
+) -> Array:
     """`new` at index position % s of each row; what has a negative position is dropped."""
-    rows = jnp.arange(held.shape[0], dtype=positions.dtype)[:, None]
+    if rows is None:
+        rows = jnp.arange(held.shape[0], dtype=positions.dtype)
     # An index of s is out of bounds, and mode "drop" writes nothing there.
     index = jnp.where(positions >= 0, positions % held.shape[1], held.shape[1])
-    return held.at[rows, index].set(new, mode="drop")
+    return held.at[rows[:, None], index].set(new, mode="drop")

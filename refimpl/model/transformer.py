@@ -59,7 +59,7 @@ class Block(nnx.Module):
         )
         y = _normalised(y, self.norm_after_attention)
         taps("attention.output", y)
-        x = x + y
+        x = _sum(x, y)
         taps("middle", x)
 
         y = _normalised(x, self.norm_before_feed_forward)
@@ -69,7 +69,7 @@ class Block(nnx.Module):
         )
         y = _normalised(y, self.norm_after_feed_forward)
         taps("feed_forward.output", y)
-        x = x + y
+        x = _sum(x, y)
         taps("residual", x)
         return x, memory
 
@@ -174,6 +174,15 @@ class Transformer(nnx.Module):
             )
             for kind, spec in kinds.items()
         }
+
+
+def _sum(x: Float[Array, "b t d"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """x + y, of a y that was rounded first.
+
+    A norm ends with a product. Without the barrier the compiler may round it once together with
+    the sum, and whether it does depends on the shapes: a request alone would have other bits.
+    """
+    return x + jax.lax.optimization_barrier(y)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _normalised(x: Float[Array, "b t d"], norm: RMSNorm | None) -> Float[Array, "b t d"]:

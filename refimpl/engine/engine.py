@@ -1,0 +1,375 @@
+"""Many completions at once, each as if it were alone.
+
+One thread owns the device. Callers put requests into its inbox from any thread or event loop, and
+get events back through a queue of their own; to stop a request is to close its iterator.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+
+from refimpl.engine.events import Completion, Event, Finished, TokenLogprob, collect
+from refimpl.engine.inbox import Inbox
+from refimpl.engine.packing import MAX_STOP_IDS
+from refimpl.engine.programs import Programs
+from refimpl.engine.request import Request, SamplingParams
+from refimpl.engine.session import Session
+from refimpl.engine.worker import Worker
+from refimpl.errors import EngineError, InvalidRequestError
+from refimpl.model.gemma import Gemma
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How big an engine is.
+
+    Attributes:
+        slots: choices that run at the same time; what has no slot waits.
+        context: most tokens of prompt and completion together; None for the smaller of the model's
+            context and 4096. Memory for the caches of all slots is taken at the start.
+        steps: most decode steps in one call of the device, while nobody waits. More steps cost
+            less per token on an accelerator, and tokens come in bursts of so many.
+        prefix_bytes: memory for blocks of prompts that may come again; 0 keeps none.
+        compile_at_start: compile every program before the first request. False compiles each at
+            its first use, which is sooner done where one request is all there is.
+    """
+
+    slots: int = 8
+    context: int | None = None
+    steps: int = 1
+    prefix_bytes: int = 128 << 20
+    compile_at_start: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no engine can have.
+
+        Raises:
+            InvalidRequestError: naming the option.
+        """
+        for name, least in (("slots", 1), ("steps", 1), ("prefix_bytes", 0)):
+            if getattr(self, name) < least:
+                raise InvalidRequestError(
+                    f"{name} must be at least {least}, got {getattr(self, name)}", parameter=name
+                )
+        if self.context is not None and self.context < 1:
+            raise InvalidRequestError(
+                f"context must be at least 1, got {self.context}", parameter="context"
+            )
+
+
+class Engine:
+    """Runs requests on one model. Safe to call from any thread.
+
+    engine = Engine(gemma)
+    with engine:
+        print(engine.complete("The capital of France is", SamplingParams(temperature=0)))
+    """
+
+    def __init__(self, gemma: Gemma, options: EngineOptions | None = None) -> None:
+        """An engine that has yet to be started.
+
+        Args:
+            gemma: the model.
+            options: sizes; see `EngineOptions`.
+        """
+        self.gemma, self.options = gemma, options or EngineOptions()
+        longest = gemma.config.context_length
+        self.context = min(self.options.context or 4096, longest)
+        self._programs = Programs(
+            gemma=gemma,
+            slots=self.options.slots,
+            context=self.context,
+            max_steps=self.options.steps,
+        )
+        self._keys = itertools.count()
+        self._lock = threading.Lock()
+        self._running: _Loop | None = None
+
+    def __enter__(self) -> "Engine":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can be sent."""
+        return self._running is not None and self._running.error is None
+
+    @property
+    def worker(self) -> Worker | None:
+        """What runs on the engine's thread; for its statistics. None before the start."""
+        return None if self._running is None else self._running.worker
+
+    def start(self, progress: Progress | None = None) -> None:
+        """Compile the programs, unless that is left to their first use, and take requests.
+
+        What this machine has compiled before comes from the cache, if that is enabled.
+
+        Args:
+            progress: called with the program's name, its number, and how many there are.
+
+        Raises:
+            EngineError: it runs already.
+        """
+        with self._lock:
+            if self._running is not None and self._running.error is None:
+                raise EngineError("the engine runs already: close it before it is started again")
+            loop = _Loop(self._programs, self.options)
+            compiles = loop.worker.start(compile_all=self.options.compile_at_start)
+            for name, number, total in compiles:
+                if progress is not None:
+                    progress(f"compiling {name}", number, total)
+            loop.thread.start()
+            self._running = loop
+
+    def close(self) -> None:
+        """Stop. Every request that has not ended ends with an error; closing twice does nothing."""
+        with self._lock:
+            running, self._running = self._running, None
+        if running is not None:
+            running.stop()
+
+    def check(self, request: Request) -> None:
+        """See whether the engine can do it, before anything is sent.
+
+        Raises:
+            InvalidRequestError: naming the parameter at fault.
+        """
+        gemma = self.gemma
+        request.check(gemma.vocab_size, self.context, eos_ids=gemma.eos_ids)
+        most = MAX_STOP_IDS - len(gemma.eos_ids)
+        if len(request.params.stop_token_ids) > most:
+            raise InvalidRequestError(
+                f"stop_token_ids takes at most {most} ids, got "
+                f"{len(request.params.stop_token_ids)}: use stop strings for the others",
+                parameter="stop_token_ids",
+            )
+
+    def stream(self, request: Request) -> Generator[Event, None, None]:
+        """Events of a request, each as soon as it is known. Closing the iterator ends the request.
+
+        Raises:
+            InvalidRequestError: see `check`; nothing was sent.
+            EngineError: the engine does not run, or failed meanwhile.
+        """
+        events = queue.SimpleQueue[list[Event] | EngineError]()
+        loop, key = self._submit(request, events.put)
+        return _until_finished(request, events.get, lambda: loop.cancel(key))
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """As `stream`, for an event loop. Closing the iterator frees the slots within one step.
+
+        Raises:
+            InvalidRequestError, EngineError: as `stream`.
+        """
+        inbox = Inbox(asyncio.get_running_loop())
+        loop, key = self._submit(request, inbox.put)
+        left = request.params.num_candidates
+        try:
+            while left:
+                for event in _events_of(await inbox.get()):
+                    left -= isinstance(event, Finished)
+                    yield event
+        finally:
+            if left:
+                loop.cancel(key)
+
+    def complete(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Completion:
+        """Everything that a prompt leads to.
+
+        Args:
+            prompt: text, which gets the model's beginning of text, or ids, which are taken as they
+                are.
+            params: see `SamplingParams`.
+
+        Raises:
+            InvalidRequestError, EngineError: as `stream`.
+        """
+        return self._collected(self.request(prompt, params))
+
+    async def complete_async(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Completion:
+        """As `complete`, for an event loop; cancelling the task ends the request."""
+        request = self.request(prompt, params)
+        async with contextlib.aclosing(self.generate(request)) as events:
+            return collect(request, [event async for event in events])
+
+    def score(
+        self, prompt: str | Sequence[int], *, top: int = 0
+    ) -> tuple[TokenLogprob | None, ...]:
+        """What the model says of a text: each token's log-probability, given those before it.
+
+        Args:
+            prompt: as in `complete`.
+            top: give so many of the likeliest at each place, too; 0 to 20.
+
+        Returns:
+            One for each token; None for the first, which follows nothing.
+
+        Raises:
+            InvalidRequestError, EngineError: as `stream`.
+        """
+        request = self.request(prompt, SamplingParams(max_tokens=0))
+        scored = self._collected(replace(request, prompt_logprobs=top)).prompt_logprobs
+        assert scored is not None, "it was asked for"
+        return scored
+
+    def request(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Request:
+        """A request for a prompt of text or ids."""
+        ids = self.gemma.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Request(prompt_ids=tuple(ids), params=params or SamplingParams())
+
+    def _collected(self, request: Request) -> Completion:
+        with contextlib.closing(self.stream(request)) as events:
+            return collect(request, events)
+
+    def _submit(
+        self, request: Request, put: Callable[[list[Event] | EngineError], None]
+    ) -> tuple["_Loop", int]:
+        self.check(request)
+        running = self._running
+        if running is None:
+            raise EngineError("the engine does not run: call start(), or use it in a with block")
+        key = next(self._keys)
+        session = Session(request, self.gemma.tokenizer, self.gemma.eos_ids)
+        running.submit(key, session, put)
+        return running, key
+
+
+def _events_of(delivery: list[Event] | EngineError) -> list[Event]:
+    if isinstance(delivery, EngineError):
+        raise delivery
+    return delivery
+
+
+def _until_finished(
+    request: Request,
+    get: Callable[[], list[Event] | EngineError],
+    cancel: Callable[[], None],
+) -> Generator[Event, None, None]:
+    left = request.params.num_candidates
+    try:
+        while left:
+            for event in _events_of(get()):
+                left -= isinstance(event, Finished)
+                yield event
+    finally:
+        if left:
+            cancel()
+
+
+@dataclass(frozen=True)
+class _Submit:
+    key: int
+    session: Session
+    put: Callable[[list[Event] | EngineError], None]
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    key: int
+
+
+class _Stop:
+    pass
+
+
+class _Loop:
+    """The engine's thread, from one start to one stop or failure."""
+
+    def __init__(self, programs: Programs, options: EngineOptions) -> None:
+        self.error: EngineError | None = None
+        self.worker = Worker(programs, prefix_bytes=options.prefix_bytes, emit=self._emit)
+        self.thread = threading.Thread(target=self._run, name="refimpl-engine", daemon=True)
+        self._inbox = queue.SimpleQueue[_Submit | _Cancel | _Stop]()
+        self._puts = dict[int, Callable[[list[Event] | EngineError], None]]()
+        self._deadlines = list[tuple[float, int]]()
+        self._lock = threading.Lock()
+
+    def submit(
+        self, key: int, session: Session, put: Callable[[list[Event] | EngineError], None]
+    ) -> None:
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            self._inbox.put(_Submit(key, session, put))
+
+    def cancel(self, key: int) -> None:
+        self._inbox.put(_Cancel(key))
+
+    def stop(self) -> None:
+        self._inbox.put(_Stop())
+        self.thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                self._expire()
+                self.worker.step()
+            self._end(EngineError("the engine was closed before the request ended"))
+        except Exception as error:
+            # Whatever went wrong, the state may be lost: everybody learns of it.
+            self._end(EngineError(f"the engine failed: {error!r}; start it again"), error)
+
+    def _take_messages(self) -> bool:
+        """Everything in the inbox; waits while there is nothing to do. False to stop."""
+        while True:
+            try:
+                message = self._inbox.get(block=self.worker.scheduler.is_idle)
+            except queue.Empty:
+                return True
+            match message:
+                case _Submit():
+                    self._begin(message)
+                case _Cancel():
+                    self.worker.cancel(message.key)
+                case _Stop():
+                    return False
+
+    def _begin(self, message: _Submit) -> None:
+        self._puts[message.key] = message.put
+        deadline = message.session.request.deadline
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, message.key))
+        self.worker.submit(message.key, message.session)
+
+    def _expire(self) -> None:
+        heap = self._deadlines
+        while heap and (heap[0][0] <= time.monotonic() or not self.worker.is_in_flight(heap[0][1])):
+            _, key = heapq.heappop(heap)
+            self.worker.cancel(key, "deadline")
+
+    def _emit(self, key: int, events: list[Event]) -> None:
+        if not events:
+            return
+        self._puts[key](events)
+        if not self.worker.is_in_flight(key):
+            del self._puts[key]
+
+    def _end(self, error: EngineError, cause: Exception | None = None) -> None:
+        error.__cause__ = cause
+        with self._lock:
+            self.error = error
+        while True:
+            try:
+                message = self._inbox.get(block=False)
+            except queue.Empty:
+                break
+            if isinstance(message, _Submit):
+                self._puts[message.key] = message.put
+        for put in self._puts.values():
+            put(error)
+        self._puts.clear()

@@ -1,0 +1,260 @@
+"""Carries out what the scheduler decides: the only one to touch the device.
+
+Owns the state on the device, the prefix cache and the sessions in flight. One call of `step` is
+one action; it runs on the engine's thread.
+"""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax import Array
+from refimpl_kernels.sampling import split_seed
+
+from refimpl.engine.events import Event
+from refimpl.engine.packing import (
+    StepRow,
+    pack_admission,
+    unpack_score,
+    unpack_step,
+)
+from refimpl.engine.prefix import BlockKey, PrefixCache
+from refimpl.engine.programs import Block, Chunk, Programs, chunks_of
+from refimpl.engine.scheduler import Activate, Admit, Decode, Prefill, Scheduler
+from refimpl.engine.session import Session
+from refimpl.engine.state import DecodeState
+from refimpl.model.cache import BLOCK
+
+Emit = Callable[[int, list[Event]], None]
+
+
+class Worker:
+    """Runs requests over one state. What comes of them goes to `emit`, by the request's key."""
+
+    def __init__(self, programs: Programs, *, prefix_bytes: int, emit: Emit) -> None:
+        """Begin without a state; `start` makes one.
+
+        Args:
+            programs: what to run.
+            prefix_bytes: budget of the prefix cache; 0 keeps nothing.
+            emit: called on the thread that calls `step` and `cancel`.
+        """
+        self._programs, self._emit = programs, emit
+        self._parameters = programs.gemma.parameters
+        self._sessions = dict[int, Session]()
+        self._keys = dict[int, list[BlockKey]]()
+        self._owners = dict[int, tuple[int, int]]()
+        self._state: DecodeState | None = None
+        self.prefix = PrefixCache[Block](budget_bytes=prefix_bytes, salt="", block=BLOCK)
+        self.scheduler = Scheduler(
+            slots=programs.slots,
+            cut=lambda length, start: chunks_of(length, start=start),
+            max_width=programs.widths[-1],
+            max_steps=programs.max_steps,
+        )
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._sessions)
+
+    def is_in_flight(self, key: int) -> bool:
+        """Whether a request has not ended."""
+        return key in self._sessions
+
+    def start(self, *, compile_all: bool = True) -> Iterator[tuple[str, int, int]]:
+        """Make the state and compile every program; gives each one's name, number and how many.
+
+        Args:
+            compile_all: False makes the state alone and gives nothing.
+        """
+        state = self._programs.new_state()
+        calls = list(self._programs.warm_up(state)) if compile_all else []
+        for number, (name, call) in enumerate(calls):
+            yield name, number, len(calls)
+            state = call()
+        self._state = jax.block_until_ready(state)
+
+    def submit(self, key: int, session: Session) -> None:
+        """Put a request at the end of the queue."""
+        self._sessions[key] = session
+        params = session.request.params
+        if params.max_tokens == 0 and session.request.prompt_logprobs is None:
+            self._emit(key, self._end_all(key, "length"))
+            return
+        # The last token is decoded, and that needs no chunk; a prompt's score needs one slot only.
+        choices = session.running if params.max_tokens else session.running[:1]
+        length = len(session.request.prompt_ids) - 1
+        self.scheduler.submit(key, prompt_length=length, choices=choices)
+
+    def cancel(self, key: int, reason: str = "cancelled") -> None:
+        """End a request, wherever it is; its slots are free for the next action."""
+        session = self._sessions.get(key)
+        if session is None:
+            return
+        for choice in session.running:
+            slot = self.scheduler.cancel(key, choice)
+            if slot is not None:
+                del self._owners[slot]
+        self._emit(key, self._end_all(key, "deadline" if reason == "deadline" else "cancelled"))
+
+    def step(self) -> bool:
+        """Do the next thing; False if there is nothing to do."""
+        action = self.scheduler.next()
+        match action:
+            case None:
+                return False
+            case Admit():
+                self._admit(action)
+            case Prefill():
+                self._prefill(action)
+            case Activate():
+                self._activate(action)
+            case Decode():
+                self._decode(action)
+        return True
+
+    def _run(
+        self, program: Callable[..., DecodeState], *arrays: np.ndarray | Array | Block
+    ) -> None:
+        assert self._state is not None, "start comes first"
+        self._state = program(self._parameters, self._state, *jax.device_put(arrays))
+
+    def _admit(self, action: Admit) -> None:
+        session, slot = self._sessions[action.key], action.choices[0][1]
+        request = session.request
+        bias = _bias_of(session, self._programs.gemma.config.vocab_size)
+        if bias is not None:
+            self._run(self._programs.bias, np.array([slot], np.int32), *bias)
+        keys = self.prefix.keys(request.prompt_ids[:-1])
+        self._keys[action.key] = keys
+        # What scores a prompt needs every position computed.
+        blocks = [] if session.awaits_score else self.prefix.lookup(keys)
+        for number, block in enumerate(blocks):
+            place = np.array([slot, number * BLOCK], np.int32)
+            self._run(self._programs.load, place, block)
+        self.scheduler.begin(action.key, start=len(blocks) * BLOCK)
+
+    def _prefill(self, action: Prefill) -> None:
+        assert isinstance(action.chunk, Chunk)
+        chunk, session = action.chunk, self._sessions[action.key]
+        packed = np.zeros(3 + chunk.padded, np.int32)
+        packed[:3] = action.slot, chunk.start, chunk.count
+        end = chunk.start + chunk.count
+        packed[3 : 3 + chunk.count] = session.request.prompt_ids[chunk.start : end]
+        assert self._state is not None
+        self._state, stream = self._programs.prefill(
+            self._parameters, self._state, jax.device_put(packed)
+        )
+        self._save(action, chunk)
+        if session.awaits_score:
+            self._score(action.key, session, chunk, stream)
+
+    def _save(self, action: Prefill, chunk: Chunk) -> None:
+        """Keep the chunk's block, if it is a whole one that is not kept yet."""
+        keys = self._keys[action.key][: chunk.start // BLOCK + 1]
+        if chunk.count < BLOCK or self.prefix.num_kept(keys) == len(keys):
+            return
+        place = np.array([action.slot, chunk.start], np.int32)
+        block = self._programs.save(self._parameters, self._state, jax.device_put(place))
+        self.prefix.store(keys, block, nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(block)))
+
+    def _score(self, key: int, session: Session, chunk: Chunk, stream: Array) -> None:
+        targets = np.zeros(chunk.padded, np.int32)
+        following = session.request.prompt_ids[chunk.start + 1 : chunk.start + 1 + chunk.count]
+        targets[: chunk.count] = following
+        rows = self._programs.score(self._parameters, stream, jax.device_put(targets))
+        scored = [unpack_score(row) for row in jax.device_get(rows)[: chunk.count]]
+        self._emit(key, session.scored(scored))
+
+    def _activate(self, action: Activate) -> None:
+        session = self._sessions[action.key]
+        if session.awaits_score:  # A prompt of one token has nothing to compute.
+            self._emit(action.key, session.scored([]))
+        if session.request.params.max_tokens == 0:
+            self.scheduler.finish(action.choices[0][1])
+            self._emit(action.key, self._end_all(action.key, "length"))
+            return
+        # All copies are made before the source goes on and writes over what they need.
+        for _, slot in action.choices:
+            if slot != action.source:
+                self._run(self._programs.fork, np.array([action.source, slot], np.int32))
+        for choice, slot in action.choices:
+            self._owners[slot] = action.key, choice
+            packed = pack_admission(
+                slot=slot,
+                prompt_ids=session.request.prompt_ids,
+                params=session.request.params,
+                seed=split_seed(session.seed),
+                choice=choice,
+                stop_ids=session.stop_ids,
+                is_biased=_is_biased(session),
+            )
+            self._run(self._programs.admit, packed)
+
+    def _decode(self, action: Decode) -> None:
+        width = next(width for width in self._programs.widths if width >= len(action.slots))
+        packed = np.full(1 + width, -1, np.int32)
+        packed[0] = action.steps
+        packed[1 : 1 + len(action.slots)] = action.slots
+        assert self._state is not None
+        self._state, rows = self._programs.decode(
+            self._parameters, self._state, jax.device_put(packed)
+        )
+        fetched = jax.device_get(rows)[: action.steps]
+        for place, slot in enumerate(action.slots):
+            self._take(slot, [unpack_step(row) for row in fetched[:, place]])
+
+    def _take(self, slot: int, rows: list[StepRow]) -> None:
+        """What the steps gave one slot."""
+        key, choice = self._owners[slot]
+        session, events = self._sessions[key], list[Event]()
+        for row in rows:
+            new, goes_on = session.push(choice, row)
+            events += new
+            if not goes_on:
+                del self._owners[slot]
+                self.scheduler.finish(slot)
+                if not row.is_finite:
+                    self._run(self._programs.reset, np.array([slot], np.int32))
+                break
+        self._forget_if_ended(key)
+        self._emit(key, events)
+
+    def _end_all(self, key: int, reason: str) -> list[Event]:
+        session = self._sessions[key]
+        events = list[Event]()
+        for choice in session.running:
+            events += session.end(choice, reason)  # pyright: ignore[reportArgumentType]
+        self._forget_if_ended(key)
+        return events
+
+    def _forget_if_ended(self, key: int) -> None:
+        if not self._sessions[key].running:
+            del self._sessions[key]
+            self._keys.pop(key, None)
+
+
+def _is_biased(session: Session) -> bool:
+    params = session.request.params
+    return bool(
+        params.logit_bias or params.banned_token_ids or params.allowed_token_ids is not None
+    )
+
+
+def _bias_of(session: Session, vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What is added to every logit, and which ids the prompt holds; None if neither matters."""
+    params = session.request.params
+    if not _is_biased(session) and params.repetition_penalty == 1:
+        return None
+    bias = np.zeros(vocab_size, np.float32)
+    for token, value in params.logit_bias.items():
+        bias[token] = value
+    if params.allowed_token_ids is not None:
+        allowed = np.zeros(vocab_size, bool)
+        allowed[list(params.allowed_token_ids)] = True
+        bias[~allowed] = -np.inf
+    bias[list(params.banned_token_ids)] = -np.inf
+    in_prompt = np.zeros(vocab_size, bool)
+    in_prompt[list(session.request.prompt_ids)] = True
+    return bias, in_prompt
