@@ -1,0 +1,263 @@
+"""The worker over programs that compute nothing: what it keeps, asks for and lets go of.
+
+So ten thousand steps take seconds, and every call of a program is checked against the others.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refimpl.engine.events import Event, Finished
+from refimpl.engine.packing import ADMISSION_INTEGERS, SCORE_FIELDS, STEP_FIELDS
+from refimpl.engine.programs import Programs
+from refimpl.engine.request import Request
+from refimpl.engine.session import Session
+from refimpl.engine.worker import Worker
+from tests.engines import CONTEXT, prompt_ids, random_requests, request_of, tiny_gemma
+
+SLOTS = 5
+BLOCK_BYTES = 4096
+
+
+class FakePrograms(Programs):
+    """Takes and gives what the programs do, and sees that each call fits to those before it."""
+
+    @cached_property
+    def filled(self) -> dict[int, int]:
+        """How many positions of a prompt each slot holds."""
+        return {}
+
+    @cached_property
+    def left(self) -> dict[int, int]:
+        """How many tokens each slot may still make."""
+        return {}
+
+    @cached_property
+    def block(self) -> jax.Array:
+        """What a slot holds of any prompt."""
+        return jnp.zeros((4, 16, 16), jnp.float32)
+
+    @cached_property
+    def random(self) -> np.random.Generator:
+        return np.random.default_rng(0)
+
+    def new_state(self) -> Any:
+        return np.zeros(1)
+
+    def warm_up(self, state: Any) -> Any:
+        return iter(())
+
+    def put(self, arrays: Any) -> Any:
+        return arrays
+
+    @cached_property
+    def prefill(self) -> Any:
+        def run(_: Any, state: Any, packed: np.ndarray) -> Any:
+            slot, start, count = (int(value) for value in packed[:3])
+            assert start == 0 or self.filled[slot] == start
+            self.filled[slot] = start + count
+            self.left.pop(slot, None)
+            return state, self.block
+
+        return run
+
+    @cached_property
+    def score(self) -> Any:
+        return lambda _, stream, targets: np.zeros((len(targets), SCORE_FIELDS), np.int32)
+
+    @cached_property
+    def bias(self) -> Any:
+        return lambda _, state, slot, bias, in_prompt: state
+
+    @cached_property
+    def fork(self) -> Any:
+        def run(_: Any, state: Any, packed: np.ndarray) -> Any:
+            source, to = (int(value) for value in packed)
+            assert source != to
+            self.filled[to] = self.filled.get(source, 0)
+            return state
+
+        return run
+
+    @cached_property
+    def save(self) -> Any:
+        def run(_: Any, state: Any, packed: np.ndarray) -> Any:
+            slot, start = (int(value) for value in packed)
+            assert self.filled[slot] == start + 128
+            return {"keys": (self.block,), "values": ()}
+
+        return run
+
+    @cached_property
+    def load(self) -> Any:
+        def run(_: Any, state: Any, packed: np.ndarray, block: Any) -> Any:
+            slot, start = (int(value) for value in packed)
+            assert start == 0 or self.filled[slot] == start
+            assert block["keys"][0] is self.block
+            self.filled[slot] = start + 128
+            return state
+
+        return run
+
+    @cached_property
+    def reset(self) -> Any:
+        def run(_: Any, state: Any, slot: np.ndarray) -> Any:
+            self.left.pop(int(slot[0]), None)
+            return state
+
+        return run
+
+    @cached_property
+    def admit(self) -> Any:
+        def run(_: Any, state: Any, packed: np.ndarray) -> Any:
+            given = dict(zip(ADMISSION_INTEGERS, packed.tolist(), strict=False))
+            slot = given["slot"]
+            assert given["position"] == 0 or self.filled[slot] == given["position"]
+            self.left[slot] = given["last_position"] - given["position"]
+            return state
+
+        return run
+
+    @cached_property
+    def decode(self) -> Any:
+        def run(_: Any, state: Any, packed: np.ndarray) -> Any:
+            steps, slots = int(packed[0]), packed[1:].tolist()
+            named = [slot for slot in slots if slot >= 0]
+            assert 1 <= steps <= self.max_steps
+            assert len(set(named)) == len(named) > 0
+            rows = np.full((self.max_steps, len(slots), STEP_FIELDS), -1, np.int32)
+            for step in range(steps):
+                for place, slot in enumerate(slots):
+                    if slot >= 0:
+                        rows[step, place] = self._row(slot)
+            return state, rows
+
+        return run
+
+    def _row(self, slot: int) -> np.ndarray:
+        self.left[slot] -= 1
+        row = np.full(STEP_FIELDS, -1, np.int32)
+        row[:3] = self.random.integers(3, 500), self.left[slot] > 0, self.random.random() > 0.02
+        row[3:4] = np.array([-1], np.float32).view(np.int32)
+        return row
+
+
+class FakeDesk:
+    """A worker over fake programs, and all that came of it."""
+
+    def __init__(self, *, steps: int = 4) -> None:
+        self.gemma = tiny_gemma("gemma3")
+        self.programs = FakePrograms(
+            gemma=self.gemma, slots=SLOTS, context=CONTEXT, max_steps=steps
+        )
+        self.worker = Worker(self.programs, prefix_bytes=5 * BLOCK_BYTES, emit=self._emit)
+        assert list(self.worker.start()) == []
+        self.running = dict[int, set[int]]()
+        self.num_submitted = self.num_finished = 0
+
+    def submit(self, request: Request) -> int:
+        key = self.num_submitted
+        self.num_submitted += 1
+        self.running[key] = set(range(request.params.num_candidates))
+        self.worker.submit(key, Session(request, self.gemma.tokenizer, self.gemma.eos_ids))
+        return key
+
+    def _emit(self, key: int, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Finished):
+                # No choice ends twice.
+                self.running[key].remove(event.choice)
+        if events and not self.running[key]:
+            del self.running[key]
+            self.num_finished += 1
+            assert not self.worker.is_in_flight(key)
+
+
+def test_ten_thousand_random_steps_leave_nothing_behind() -> None:
+    random = np.random.default_rng(3)
+    desk = FakeDesk()
+    subjects = random_requests(40, (1, 2, 20, 128, 129, 130, 200, 257, 258, 300))
+    subjects += [request_of(prompt_ids(1, length), max_tokens=0) for length in (1, 130)]
+    subjects += [
+        request_of(prompt_ids(1, length), prompt_logprobs=1, max_tokens=0) for length in (1, 130)
+    ]
+    subjects += [request_of(prompt_ids(2, 140), max_tokens=2, n=13)]
+    most_waiting = 0
+    for _ in range(10_000):
+        what = random.random()
+        if what < 0.13:
+            desk.submit(subjects[int(random.integers(len(subjects)))])
+        elif what < 0.2 and desk.running:
+            keys = list(desk.running)
+            desk.worker.cancel(keys[int(random.integers(len(keys)))], "cancelled")
+            desk.worker.cancel(-1)
+        else:
+            desk.worker.step()
+        scheduler = desk.worker.scheduler
+        most_waiting = max(most_waiting, scheduler.num_waiting)
+        assert desk.worker.num_in_flight == len(desk.running)
+        assert len(desk.worker._owners) + scheduler.num_free <= SLOTS
+    assert desk.num_submitted > 1000
+    assert most_waiting > 10
+    while desk.worker.step():
+        pass
+    assert desk.num_finished == desk.num_submitted
+    assert desk.worker.scheduler.is_idle
+    assert desk.worker.scheduler.num_free == SLOTS
+    assert not desk.worker._sessions
+    assert not desk.worker._keys
+    assert not desk.worker._owners
+    statistics = desk.worker.prefix.statistics
+    assert statistics.stored_bytes == statistics.blocks * BLOCK_BYTES <= 5 * BLOCK_BYTES
+    assert statistics.hits > 100
+    assert statistics.evictions > 10
+
+
+def work_of(run: Callable[[], Any]) -> int:
+    """How many lines of Python and calls of anything it takes."""
+    count = 0
+
+    def trace(*_: Any) -> Any:
+        nonlocal count
+        count += 1
+        return trace
+
+    sys.settrace(trace)
+    sys.setprofile(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+        sys.setprofile(None)
+    return count
+
+
+def work_of_steps(num_queued: int) -> list[int]:
+    """The work of each of forty steps while so many more wait."""
+    desk = FakeDesk(steps=1)
+    request = request_of(prompt_ids(1, 200), max_tokens=30, seed=1, ignore_eos=True)
+    for number in range(SLOTS + num_queued):
+        desk.submit(replace(request, id=str(number)))
+    return [work_of(desk.worker.step) for _ in range(40)]
+
+
+def test_a_thousand_waiting_requests_do_not_slow_a_step_down() -> None:
+    work_of_steps(2)  # What is done once is done.
+    assert work_of_steps(10) == work_of_steps(1000)
+
+
+def test_prompts_that_begin_alike_are_computed_once() -> None:
+    desk = FakeDesk()
+    request = request_of(prompt_ids(1, 300), max_tokens=2, seed=1)
+    for hits in (0, 2, 4):
+        desk.submit(request)
+        while desk.worker.step():
+            pass
+        assert desk.worker.prefix.statistics.hits == hits
+    assert desk.worker.prefix.statistics.blocks == 2
