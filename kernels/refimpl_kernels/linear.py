@@ -61,11 +61,9 @@ class QuantizedMatrix:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def columns(self, start: Int[Array, ""] | int, length: int) -> "QuantizedMatrix":
+    def columns(self, start: int, length: int) -> "QuantizedMatrix":
         """The matrix of `length` outputs from `start` on."""
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=1), self
-        )
+        return jax.tree.map(lambda leaf: leaf[:, start : start + length], self)
 
 
 Matrix = Array | QuantizedMatrix
@@ -117,26 +115,25 @@ def linear(
 def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
     if not isinstance(matrix, QuantizedMatrix) and matrix.dtype == rows.dtype:
         return _product(rows, matrix)
+    # The matrix waits for the rows: without them nothing keeps the compiler from widening the
+    # matrices of all layers at the beginning, and then they are all in memory at once.
+    wide, matrix = jax.lax.optimization_barrier((rows.astype(jnp.float32), matrix))
     outputs = matrix.shape[1]
-    wide = rows.astype(jnp.float32)
-    if outputs <= DOT_TILE:
-        return _product(wide, _wide_columns(matrix, 0, outputs))
-    tiles = -(-outputs // DOT_TILE)
-
-    def fill(tile: Array, product: Array) -> Array:
-        # The last tile is moved back to end with the matrix; it writes some columns twice alike.
-        start = jnp.minimum(tile * DOT_TILE, outputs - DOT_TILE)
-        part = _product(wide, _wide_columns(matrix, start, DOT_TILE))
-        return jax.lax.dynamic_update_slice_in_dim(product, part, start, axis=1)
-
-    return jax.lax.fori_loop(0, tiles, fill, jnp.zeros((rows.shape[0], outputs)))
+    # Not a loop: XLA's CPU backend would run its products on one thread.
+    parts, start = list[Array](), 0
+    while start < outputs:
+        length = min(DOT_TILE, outputs - start)
+        parts.append(_product(wide, _wide_columns(matrix, start, length)))
+        wide, matrix, _ = jax.lax.optimization_barrier((wide, matrix, parts[-1]))
+        start += length
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _wide_columns(matrix: Matrix, start: Array | int, length: int) -> Float32[Array, "i o"]:
+def _wide_columns(matrix: Matrix, start: int, length: int) -> Float32[Array, "i o"]:
     """Some columns in float32, which holds the numbers of every type that a matrix is stored in."""
     if isinstance(matrix, QuantizedMatrix):
         return dequantize(matrix.columns(start, length))
-    return jax.lax.dynamic_slice_in_dim(matrix, start, length, axis=1).astype(jnp.float32)
+    return matrix[:, start : start + length].astype(jnp.float32)
 
 
 def _product(rows: Float[Array, "r i"], weight: Float[Array, "i o"]) -> Float32[Array, "r o"]:

@@ -4,6 +4,7 @@ Owns the state on the device, the prefix cache and the sessions in flight. One c
 one action; it runs on the engine's thread.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array
 from refimpl_kernels.sampling import split_seed
 
-from refimpl.engine.events import Event
+from refimpl.engine.events import Event, FinishReason
 from refimpl.engine.packing import (
     StepRow,
     pack_admission,
@@ -19,9 +20,10 @@ from refimpl.engine.packing import (
     unpack_step,
 )
 from refimpl.engine.prefix import BlockKey, PrefixCache
-from refimpl.engine.programs import Block, Chunk, Programs, chunks_of
+from refimpl.engine.programs import Chunk, Programs, chunks_of
 from refimpl.engine.scheduler import Activate, Admit, Decode, Prefill, Scheduler
 from refimpl.engine.session import Session
+from refimpl.engine.slots import Block
 from refimpl.engine.state import DecodeState
 from refimpl.model.cache import BLOCK
 
@@ -44,6 +46,8 @@ class Worker:
         self._sessions = dict[int, Session]()
         self._keys = dict[int, list[BlockKey]]()
         self._owners = dict[int, tuple[int, int]]()
+        # Where the prompts are that are being prefilled.
+        self._sources = dict[int, int]()
         self._state: DecodeState | None = None
         self.prefix = PrefixCache[Block](budget_bytes=prefix_bytes, salt="", block=BLOCK)
         self.scheduler = Scheduler(
@@ -79,15 +83,18 @@ class Worker:
         """Put a request at the end of the queue."""
         self._sessions[key] = session
         params = session.request.params
-        if params.max_tokens == 0 and session.request.prompt_logprobs is None:
-            self._emit(key, self._end_all(key, "length"))
-            return
-        # The last token is decoded, and that needs no chunk; a prompt's score needs one slot only.
-        choices = session.running if params.max_tokens else session.running[:1]
+        # The last token is decoded, and that needs no chunk.
         length = len(session.request.prompt_ids) - 1
+        if params.max_tokens == 0 and not (session.awaits_score and length):
+            # Nothing to compute. In the queue, many of these would keep others from decoding.
+            scored = session.scored([]) if session.awaits_score else []
+            self._emit(key, [*scored, *self._end_all(key, "length")])
+            return
+        # A prompt's score needs one slot only.
+        choices = session.running if params.max_tokens else session.running[:1]
         self.scheduler.submit(key, prompt_length=length, choices=choices)
 
-    def cancel(self, key: int, reason: str = "cancelled") -> None:
+    def cancel(self, key: int, reason: FinishReason = "cancelled") -> None:
         """End a request, wherever it is; its slots are free for the next action."""
         session = self._sessions.get(key)
         if session is None:
@@ -96,7 +103,11 @@ class Worker:
             slot = self.scheduler.cancel(key, choice)
             if slot is not None:
                 del self._owners[slot]
-        self._emit(key, self._end_all(key, "deadline" if reason == "deadline" else "cancelled"))
+        source = self._sources.pop(key, None)
+        if source is not None:
+            # Nobody has seen yet whether its numbers are finite, and zero times nan is nan.
+            self._run(self._programs.reset, np.array([source], np.int32))
+        self._emit(key, self._end_all(key, reason))
 
     def step(self) -> bool:
         """Do the next thing; False if there is nothing to do."""
@@ -126,6 +137,7 @@ class Worker:
         bias = _bias_of(session, self._programs.gemma.config.vocab_size)
         if bias is not None:
             self._run(self._programs.bias, np.array([slot], np.int32), *bias)
+        self._sources[action.key] = slot
         keys = self.prefix.keys(request.prompt_ids[:-1])
         self._keys[action.key] = keys
         # What scores a prompt needs every position computed.
@@ -165,10 +177,14 @@ class Worker:
         targets[: chunk.count] = following
         rows = self._programs.score(self._parameters, stream, jax.device_put(targets))
         scored = [unpack_score(row) for row in jax.device_get(rows)[: chunk.count]]
-        self._emit(key, session.scored(scored))
+        if all(math.isfinite(logprob) for logprob, _ in scored):
+            self._emit(key, session.scored(scored))
+        else:
+            self.cancel(key, "error")
 
     def _activate(self, action: Activate) -> None:
         session = self._sessions[action.key]
+        del self._sources[action.key]
         if session.awaits_score:  # A prompt of one token has nothing to compute.
             self._emit(action.key, session.scored([]))
         if session.request.params.max_tokens == 0:
@@ -221,11 +237,11 @@ class Worker:
         self._forget_if_ended(key)
         self._emit(key, events)
 
-    def _end_all(self, key: int, reason: str) -> list[Event]:
+    def _end_all(self, key: int, reason: FinishReason) -> list[Event]:
         session = self._sessions[key]
         events = list[Event]()
         for choice in session.running:
-            events += session.end(choice, reason)  # pyright: ignore[reportArgumentType]
+            events += session.end(choice, reason)
         self._forget_if_ended(key)
         return events
 

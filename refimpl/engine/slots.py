@@ -1,0 +1,146 @@
+"""What happens to a slot besides computing: taken, copied, saved, loaded and cleared.
+
+Functions over the state, to be compiled with the state donated. None of them looks at weights, and
+none changes a bit of what it moves.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float32, Int32
+from refimpl_kernels.sampling import SamplingRows
+
+from refimpl.engine.packing import ADMISSION_FLOATS, ADMISSION_INTEGERS
+from refimpl.engine.state import DecodeState
+from refimpl.model.cache import BLOCK, KVCache
+
+# Keys and values of BLOCK positions of one slot, for each layer "positions k h".
+Block = dict[str, tuple[Array, ...]]
+
+
+def admit(state: DecodeState, packed: Int32[Array, " p"]) -> DecodeState:
+    """Let a slot decode from its prompt's last token on; see `packing.pack_admission`."""
+    floats_at = len(ADMISSION_INTEGERS)
+    ends_at = floats_at + len(ADMISSION_FLOATS)
+    given = dict(zip(ADMISSION_INTEGERS, packed[:floats_at], strict=True))
+    floats = lax.bitcast_convert_type(packed[floats_at:ends_at], jnp.float32)
+    slot = given["slot"]
+    seed = lax.bitcast_convert_type(jnp.stack([given["seed_low"], given["seed_high"]]), jnp.uint32)
+
+    def put(held: Array, value: Array) -> Array:
+        return held.at[slot].set(value.astype(held.dtype))
+
+    sampling = state.sampling
+    numbers = {
+        name: put(getattr(sampling, name), value)
+        for name, value in zip(ADMISSION_FLOATS, floats, strict=True)
+    }
+    return replace(
+        state,
+        token=put(state.token, given["token"]),
+        position=put(state.position, given["position"]),
+        last_position=put(state.last_position, given["last_position"]),
+        first_stop=put(state.first_stop, given["first_stop"]),
+        stop_ids=put(state.stop_ids, packed[ends_at:]),
+        wants_top=put(state.wants_top, given["wants_top"] != 0),
+        is_running=put(state.is_running, jnp.bool_(True)),
+        sampling=SamplingRows(
+            **numbers,
+            top_k=put(sampling.top_k, given["top_k"]),
+            seed=put(sampling.seed, seed),
+            choice=put(sampling.choice, given["choice"]),
+            is_biased=put(sampling.is_biased, given["is_biased"] != 0),
+        ),
+        counts=put(state.counts, jnp.zeros(state.counts.shape[1])),
+    )
+
+
+def set_bias(
+    state: DecodeState,
+    slot: Int32[Array, "1"],
+    bias: Float32[Array, " v"],
+    in_prompt: Bool[Array, " v"],
+) -> DecodeState:
+    """A slot's bias, and which ids its prompt holds."""
+    return replace(
+        state,
+        bias=state.bias.at[slot[0]].set(bias),
+        in_prompt=state.in_prompt.at[slot[0]].set(in_prompt),
+    )
+
+
+def fork(state: DecodeState, packed: Int32[Array, "2"]) -> DecodeState:
+    """Copy what belongs to the prompt, from the first slot to the second."""
+    source, target = packed[0], packed[1]
+
+    def copied(held: Array) -> Array:
+        return held.at[target].set(held[source])
+
+    cache = state.cache
+    return replace(
+        state,
+        cache=replace(
+            cache,
+            keys=tuple(map(copied, cache.keys)),
+            values=tuple(map(copied, cache.values)),
+            positions={kind: copied(held) for kind, held in cache.positions.items()},
+        ),
+        bias=copied(state.bias),
+        in_prompt=copied(state.in_prompt),
+    )
+
+
+def save(cache: KVCache, packed: Int32[Array, "2"]) -> Block:
+    """Copy a block of a slot, from a first position on that a block begins at."""
+    slot, start = packed[0], packed[1]
+
+    def block(held: Array) -> Array:
+        at = _indices(slot, start % held.shape[1], 0, 0)
+        return lax.dynamic_slice(held, at, (1, BLOCK, *held.shape[2:]))[0]
+
+    return {"keys": tuple(map(block, cache.keys)), "values": tuple(map(block, cache.values))}
+
+
+def load(state: DecodeState, packed: Int32[Array, "2"], block: Block) -> DecodeState:
+    """Put a block that was saved into a slot, at the position it was saved from."""
+    slot, start = packed[0], packed[1]
+
+    def put(held: Array, new: Array) -> Array:
+        at = _indices(slot, start % held.shape[1], *[0] * (held.ndim - 2))
+        return lax.dynamic_update_slice(held, new[None], at)
+
+    cache = state.cache
+    positions = start + jnp.arange(BLOCK, dtype=jnp.int32)
+    loaded = replace(
+        cache,
+        keys=tuple(map(put, cache.keys, block["keys"])),
+        values=tuple(map(put, cache.values, block["values"])),
+        positions={kind: put(held, positions) for kind, held in cache.positions.items()},
+    )
+    return replace(state, cache=loaded)
+
+
+def reset(state: DecodeState, slot: Int32[Array, "1"]) -> DecodeState:
+    """Clear what a slot's layers hold: a number that is not finite would outlive its request.
+
+    A place that the mask hides still counts with weight 0, and 0 times infinity is no number.
+    """
+
+    def cleared(held: Array, value: int = 0) -> Array:
+        return held.at[slot[0]].set(jnp.asarray(value, held.dtype))
+
+    cache = state.cache
+    return replace(
+        state,
+        cache=replace(
+            cache,
+            keys=tuple(map(cleared, cache.keys)),
+            values=tuple(map(cleared, cache.values)),
+            positions={kind: cleared(held, -1) for kind, held in cache.positions.items()},
+        ),
+    )
+
+
+def _indices(*indices: Array | int) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(index, jnp.int32) for index in indices)
