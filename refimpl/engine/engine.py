@@ -6,16 +6,15 @@ get events back through a queue of their own; to stop a request is to close its 
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 import queue
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
 from refimpl.engine.events import Completion, Event, Finished, TokenLogprob, collect
-from refimpl.engine.inbox import Inbox
+from refimpl.engine.inbox import Delivery, Inbox
+from refimpl.engine.loop import EngineLoop, Put
 from refimpl.engine.packing import MAX_STOP_IDS
 from refimpl.engine.programs import Programs
 from refimpl.engine.request import Request, SamplingParams
@@ -91,7 +90,7 @@ class Engine:
         )
         self._keys = itertools.count()
         self._lock = threading.Lock()
-        self._running: _Loop | None = None
+        self._running: EngineLoop | None = None
 
     def __enter__(self) -> "Engine":
         self.start()
@@ -124,7 +123,7 @@ class Engine:
         with self._lock:
             if self._running is not None and self._running.error is None:
                 raise EngineError("the engine runs already: close it before it is started again")
-            loop = _Loop(self._programs, self.options)
+            loop = EngineLoop(self._programs, prefix_bytes=self.options.prefix_bytes)
             compiles = loop.worker.start(compile_all=self.options.compile_at_start)
             for name, number, total in compiles:
                 if progress is not None:
@@ -156,15 +155,16 @@ class Engine:
             )
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
-        """Events of a request, each as soon as it is known. Closing the iterator ends the request.
+        """Events of a request, each as soon as it is known.
+
+        The request is sent when the first event is asked for. Closing the iterator ends it.
 
         Raises:
-            InvalidRequestError: see `check`; nothing was sent.
+            InvalidRequestError: see `check`; at once.
             EngineError: the engine does not run, or failed meanwhile.
         """
-        events = queue.SimpleQueue[list[Event] | EngineError]()
-        loop, key = self._submit(request, events.put)
-        return _until_finished(request, events.get, lambda: loop.cancel(key))
+        self.check(request)
+        return self._stream(request)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """As `stream`, for an event loop. Closing the iterator frees the slots within one step.
@@ -172,6 +172,7 @@ class Engine:
         Raises:
             InvalidRequestError, EngineError: as `stream`.
         """
+        self.check(request)
         inbox = Inbox(asyncio.get_running_loop())
         loop, key = self._submit(request, inbox.put)
         left = request.params.num_candidates
@@ -236,10 +237,20 @@ class Engine:
         with contextlib.closing(self.stream(request)) as events:
             return collect(request, events)
 
-    def _submit(
-        self, request: Request, put: Callable[[list[Event] | EngineError], None]
-    ) -> tuple["_Loop", int]:
-        self.check(request)
+    def _stream(self, request: Request) -> Generator[Event, None, None]:
+        deliveries = queue.SimpleQueue[Delivery]()
+        loop, key = self._submit(request, deliveries.put)
+        left = request.params.num_candidates
+        try:
+            while left:
+                for event in _events_of(deliveries.get()):
+                    left -= isinstance(event, Finished)
+                    yield event
+        finally:
+            if left:
+                loop.cancel(key)
+
+    def _submit(self, request: Request, put: Put) -> tuple[EngineLoop, int]:
         running = self._running
         if running is None:
             raise EngineError("the engine does not run: call start(), or use it in a with block")
@@ -249,127 +260,7 @@ class Engine:
         return running, key
 
 
-def _events_of(delivery: list[Event] | EngineError) -> list[Event]:
+def _events_of(delivery: Delivery) -> list[Event]:
     if isinstance(delivery, EngineError):
         raise delivery
     return delivery
-
-
-def _until_finished(
-    request: Request,
-    get: Callable[[], list[Event] | EngineError],
-    cancel: Callable[[], None],
-) -> Generator[Event, None, None]:
-    left = request.params.num_candidates
-    try:
-        while left:
-            for event in _events_of(get()):
-                left -= isinstance(event, Finished)
-                yield event
-    finally:
-        if left:
-            cancel()
-
-
-@dataclass(frozen=True)
-class _Submit:
-    key: int
-    session: Session
-    put: Callable[[list[Event] | EngineError], None]
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    key: int
-
-
-class _Stop:
-    pass
-
-
-class _Loop:
-    """The engine's thread, from one start to one stop or failure."""
-
-    def __init__(self, programs: Programs, options: EngineOptions) -> None:
-        self.error: EngineError | None = None
-        self.worker = Worker(programs, prefix_bytes=options.prefix_bytes, emit=self._emit)
-        self.thread = threading.Thread(target=self._run, name="refimpl-engine", daemon=True)
-        self._inbox = queue.SimpleQueue[_Submit | _Cancel | _Stop]()
-        self._puts = dict[int, Callable[[list[Event] | EngineError], None]]()
-        self._deadlines = list[tuple[float, int]]()
-        self._lock = threading.Lock()
-
-    def submit(
-        self, key: int, session: Session, put: Callable[[list[Event] | EngineError], None]
-    ) -> None:
-        with self._lock:
-            if self.error is not None:
-                raise self.error
-            self._inbox.put(_Submit(key, session, put))
-
-    def cancel(self, key: int) -> None:
-        self._inbox.put(_Cancel(key))
-
-    def stop(self) -> None:
-        self._inbox.put(_Stop())
-        self.thread.join()
-
-    def _run(self) -> None:
-        try:
-            while self._take_messages():
-                self._expire()
-                self.worker.step()
-            self._end(EngineError("the engine was closed before the request ended"))
-        except Exception as error:
-            # Whatever went wrong, the state may be lost: everybody learns of it.
-            self._end(EngineError(f"the engine failed: {error!r}; start it again"), error)
-
-    def _take_messages(self) -> bool:
-        """Everything in the inbox; waits while there is nothing to do. False to stop."""
-        while True:
-            try:
-                message = self._inbox.get(block=self.worker.scheduler.is_idle)
-            except queue.Empty:
-                return True
-            match message:
-                case _Submit():
-                    self._begin(message)
-                case _Cancel():
-                    self.worker.cancel(message.key)
-                case _Stop():
-                    return False
-
-    def _begin(self, message: _Submit) -> None:
-        self._puts[message.key] = message.put
-        deadline = message.session.request.deadline
-        if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, message.key))
-        self.worker.submit(message.key, message.session)
-
-    def _expire(self) -> None:
-        heap = self._deadlines
-        while heap and (heap[0][0] <= time.monotonic() or not self.worker.is_in_flight(heap[0][1])):
-            _, key = heapq.heappop(heap)
-            self.worker.cancel(key, "deadline")
-
-    def _emit(self, key: int, events: list[Event]) -> None:
-        if not events:
-            return
-        self._puts[key](events)
-        if not self.worker.is_in_flight(key):
-            del self._puts[key]
-
-    def _end(self, error: EngineError, cause: Exception | None = None) -> None:
-        error.__cause__ = cause
-        with self._lock:
-            self.error = error
-        while True:
-            try:
-                message = self._inbox.get(block=False)
-            except queue.Empty:
-                break
-            if isinstance(message, _Submit):
-                self._puts[message.key] = message.put
-        for put in self._puts.values():
-            put(error)
-        self._puts.clear()
