@@ -29,9 +29,13 @@ def tiny_gemma(name: str) -> Gemma:
         return load_checkpoint(folder)
 
 
-@cache
 def tiny_programs(name: str = "gemma3", *, slots: int = 16, steps: int = 1) -> Programs:
-    """Programs that compile when the first engine or worker over them starts."""
+    """Programs, once for each size. They compile when the first engine or worker starts."""
+    return _programs(name, slots, steps)
+
+
+@cache
+def _programs(name: str, slots: int, steps: int) -> Programs:
     return Programs(gemma=tiny_gemma(name), slots=slots, context=CONTEXT, max_steps=steps)
 
 

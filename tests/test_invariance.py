@@ -34,8 +34,12 @@ COMPARED = {"gemma3": 0, "gemma2": 0}
 pytestmark = pytest.mark.timeout(900)
 
 
+def desk(name: str = "gemma3", *, slots: int = 16, steps: int = 1) -> Desk:
+    return _desk(name, slots, steps)
+
+
 @cache
-def desk(name: str = "gemma3", slots: int = 16, steps: int = 1) -> Desk:
+def _desk(name: str, slots: int, steps: int) -> Desk:
     return Desk(tiny_programs(name, slots=slots, steps=steps))
 
 
@@ -48,7 +52,7 @@ def subjects(name: str = "gemma3") -> tuple[Request, ...]:
 
 @cache
 def reference(name: str, number: int) -> str:
-    return bits(alone(subjects(name)[number], desk(name, 2 if name == "gemma2" else 16)))
+    return bits(alone(subjects(name)[number], desk(name, slots=2 if name == "gemma2" else 16)))
 
 
 def alone(request: Request, at: Desk) -> Completion:
@@ -212,7 +216,7 @@ def test_many_steps_in_a_call() -> None:
 
 def test_another_architecture() -> None:
     random = np.random.default_rng(6)
-    at = desk("gemma2", 2)
+    at = desk("gemma2", slots=2)
     for _ in range(10):
         numbers = random.permutation(len(subjects("gemma2")))
         together(at, [int(number) for number in numbers], random, name="gemma2")

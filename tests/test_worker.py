@@ -213,6 +213,7 @@ def test_ten_thousand_random_steps_leave_nothing_behind() -> None:
     assert not desk.worker._sessions
     assert not desk.worker._keys
     assert not desk.worker._owners
+    assert not desk.worker._sources
     statistics = desk.worker.prefix.statistics
     assert statistics.stored_bytes == statistics.blocks * BLOCK_BYTES <= 5 * BLOCK_BYTES
     assert statistics.hits > 100
@@ -261,3 +262,14 @@ def test_prompts_that_begin_alike_are_computed_once() -> None:
             pass
         assert desk.worker.prefix.statistics.hits == hits
     assert desk.worker.prefix.statistics.blocks == 2
+
+
+def test_what_needs_no_computing_waits_for_nobody_and_holds_nobody_up() -> None:
+    desk = FakeDesk(steps=1)
+    decoding = desk.submit(request_of([2], max_tokens=300, n=SLOTS, ignore_eos=True))
+    for _ in range(1000):
+        desk.submit(request_of([2], max_tokens=0, prompt_logprobs=3))
+        desk.submit(request_of([2, 3, 4], max_tokens=0))
+    assert desk.num_finished == 2000
+    assert list(desk.running) == [decoding]
+    assert desk.worker.scheduler.num_waiting == 1
