@@ -123,6 +123,8 @@ class Engine:
         with self._lock:
             if self._running is not None and self._running.error is None:
                 raise EngineError("the engine runs already: close it before it is started again")
+            # A loop that failed still holds its state, as big as the new one.
+            self._running = None
             loop = EngineLoop(self._programs, prefix_bytes=self.options.prefix_bytes)
             compiles = loop.worker.start(compile_all=self.options.compile_at_start)
             for name, number, total in compiles:
