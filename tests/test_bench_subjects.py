@@ -20,9 +20,10 @@ from refimpl.bench import fresh, llama_cpp, machine
 from refimpl.bench.fresh import Exercise, peak_resident_bytes, serve_once, watch
 from refimpl.bench.machine import copy_bandwidth
 from refimpl.bench.neighbours import Usage, busy_seconds, share_of_others
-from refimpl.bench.ours import Ours, step_seconds
+from refimpl.bench.ours import Ours, make_engine, step_seconds
 from refimpl.bench.run import weight_bytes_per_step
 from refimpl.bench.subject import OURS, SHORT_PROMPT, Setup, prompt_ids
+from refimpl.engine.engine import EngineOptions
 from refimpl.engine.events import Delta, Event, Finished
 from refimpl.engine.request import Request, SamplingParams
 from refimpl.errors import InvalidRequestError, RefimplError
@@ -183,6 +184,15 @@ def test_what_our_engine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.requests[0].params == SamplingParams(
         max_tokens=11, temperature=0, ignore_eos=True, n=3
     )
+
+
+@pytest.mark.parametrize("is_for_one", [True, False])
+def test_the_engine_that_is_measured(monkeypatch: pytest.MonkeyPatch, is_for_one: bool) -> None:
+    monkeypatch.setattr("refimpl.engine.engine.Engine", lambda gemma, options: (gemma, options))
+    setup = Setup(path=Path("model"), threads=2, slots=4, context=256, is_for_one=is_for_one)
+    assert make_engine("a model", setup) == (
+        "a model", EngineOptions(slots=4, context=256, compile_at_start=not is_for_one),
+    )  # fmt: skip
 
 
 # Fresh processes.

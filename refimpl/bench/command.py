@@ -72,7 +72,7 @@ def print_benchmark(
         RefimplError: a subject cannot be had, or has failed.
     """
     # Before all else, because that is where a missing package is found out.
-    subjects = {name: opener(name, plan.setup) for name in plan.subjects}
+    subjects = {name: opener(name, plan.serving) for name in plan.subjects}
     report = Report(
         plan=plan,
         machine=describe_machine(),

@@ -24,7 +24,10 @@ def make_engine(gemma: Any, setup: Setup) -> Any:
     # Imported here, because imports are part of what is measured.
     from refimpl.engine.engine import Engine, EngineOptions
 
-    return Engine(gemma, EngineOptions(slots=setup.slots, context=setup.context))
+    options = EngineOptions(
+        slots=setup.slots, context=setup.context, compile_at_start=not setup.is_for_one
+    )
+    return Engine(gemma, options)
 
 
 class Ours:

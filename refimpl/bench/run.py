@@ -89,8 +89,13 @@ class Plan:
         return (OURS,) if self.peer is None else (OURS, self.peer)
 
     @property
-    def setup(self) -> Setup:
-        """Slots and positions that everything planned fits in."""
+    def one(self) -> Setup:
+        """For a process that makes one short completion."""
+        return Setup(path=self.path, threads=self.threads, slots=1, context=1024, is_for_one=True)
+
+    @property
+    def serving(self) -> Setup:
+        """For serving: slots and positions that everything planned fits in."""
         longest = max(*self.prefill, self.tokens) + _MARGIN
         return Setup(
             path=self.path,
@@ -149,33 +154,35 @@ def _measure_starts(plan: Plan, results: Results, progress: Progress, starter: S
     if plan.is_cold:
         progress("compiling with a cold cache", 0, 1)
         with tempfile.TemporaryDirectory() as folder:
-            start = starter(OURS, plan.setup, cache_dir=Path(folder))
+            start = starter(OURS, plan.serving, cache_dir=Path(folder))
         if start.compile_seconds is not None:
             results.add(COMPILE_COLD, OURS, start.compile_seconds)
         progress("compiling with a cold cache", 1, 1)
-    # The first start of each fills the caches (compiled programs, the file's pages): a cold one.
-    for done, name in enumerate(plan.subjects):
-        progress("filling caches", done, len(plan.subjects))
-        starter(name, plan.setup)
-    progress("filling caches", len(plan.subjects), len(plan.subjects))
+    # The first starts fill the caches (compiled programs, the file's pages), so they tell nothing.
+    first = [*((name, plan.one) for name in plan.subjects), (OURS, plan.serving)]
+    for done, (name, setup) in enumerate(first):
+        progress("filling caches", done, len(first))
+        starter(name, setup)
+    progress("filling caches", len(first), len(first))
 
-    starts = {name: partial(_start, name, plan.setup, starter) for name in plan.subjects}
+    starts = {name: partial(_start, name, plan.one, starter) for name in plan.subjects}
     alternate(starts, results, repeat=plan.repeat, label="fresh processes", progress=progress)
     hardest = Exercise(
         prefill=max(plan.prefill), streams=max(plan.streams), tokens=min(plan.tokens, _PEAK_TOKENS)
     )
-    peaks = {name: partial(_peak, name, plan.setup, hardest, starter) for name in plan.subjects}
-    alternate(peaks, results, repeat=1, label=PEAK.label, progress=progress)
+    served = {name: partial(_serve, name, plan.serving, hardest, starter) for name in plan.subjects}
+    alternate(served, results, repeat=1, label=PEAK.label, progress=progress)
 
 
 def _start(name: str, setup: Setup, starter: Starter) -> dict[Quantity, float]:
     start = starter(name, setup)
+    return {LOAD: start.load_seconds, FIRST_TOKEN_FRESH: start.first_token_seconds}
+
+
+def _serve(name: str, setup: Setup, hardest: Exercise, starter: Starter) -> dict[Quantity, float]:
+    start = starter(name, setup, exercise=hardest)
     compiled = {} if start.compile_seconds is None else {COMPILE_WARM: start.compile_seconds}
-    return {LOAD: start.load_seconds, **compiled, FIRST_TOKEN_FRESH: start.first_token_seconds}
-
-
-def _peak(name: str, setup: Setup, hardest: Exercise, starter: Starter) -> dict[Quantity, float]:
-    return {PEAK: float(starter(name, setup, exercise=hardest).peak_bytes)}
+    return {PEAK: float(start.peak_bytes), **compiled}
 
 
 @contextmanager

@@ -33,12 +33,15 @@ class Setup:
         threads: that llama.cpp computes with; JAX uses every core.
         slots: most streams at a time.
         context: most positions of a stream.
+        is_for_one: whether to make ready for one short completion, as `refimpl complete` does,
+            rather than for serving: nothing is compiled before it is needed.
     """
 
     path: Path
     threads: int
     slots: int
     context: int
+    is_for_one: bool = False
 
 
 @runtime_checkable
