@@ -1,4 +1,8 @@
-"""What every test runs under: strict promotion, and helpers for tiny models."""
+"""What every test runs under: strict promotion, and one compile cache for a run's processes."""
+
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -6,6 +10,27 @@ import pytest
 # An accidental float64 or a silent broadcast of ranks is how a wrong number gets in.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_COMPILED = "REFIMPL_TEST_COMPILED"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of this run a cache of compiled programs, empty at its beginning.
+
+    Files in different processes compile the same tiny models; once is enough.
+    """
+    del config
+    if _COMPILED not in os.environ:
+        os.environ[_COMPILED] = tempfile.mkdtemp(prefix="refimpl-test-compiled-")
+    jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The first process, which no other one started, takes the cache away."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(_COMPILED))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,8 +17,8 @@ from tests.engines import Desk, bits, random_requests
 # Compiling takes most of it.
 pytestmark = pytest.mark.timeout(900)
 
-SLOTS = 4
-LENGTHS = (1, 7, 33, 129, 200, 600)
+SLOTS = 2
+LENGTHS = (1, 7, 129, 600)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_references_differ(alone: list[str]) -> None:
     assert len(set(alone)) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_among_others_in_any_slot(
     desk: Desk, requests: list[Request], alone: list[str], seed: int
 ) -> None:
