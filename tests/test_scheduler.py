@@ -6,10 +6,8 @@ Chunks here are of four tokens. A trace spells actions as "admit a 0>1" (choice 
 """
 
 import string
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from refimpl.engine.scheduler import Action, Activate, Admit, Decode, Prefill, Scheduler
+from tests.work import work_of
 
 CHUNK = 4
 
@@ -365,25 +364,6 @@ def test_cancel_of_what_nobody_knows() -> None:
     assert driver.run(1) == ["admit a 0>0"]
 
 
-def _work(run: Callable[[], Any]) -> int:
-    """How many lines of Python and calls of anything it takes."""
-    count = 0
-
-    def trace(*_: Any) -> Any:
-        nonlocal count
-        count += 1
-        return trace
-
-    sys.settrace(trace)
-    sys.setprofile(trace)
-    try:
-        run()
-    finally:
-        sys.settrace(None)
-        sys.setprofile(None)
-    return count
-
-
 def _work_of_a_day(num_queued: int) -> list[int]:
     """The work of each decision while so many wait: decode, admit, prefill, cancel, submit."""
     scheduler = Scheduler(slots=2, cut=cut, max_width=2)
@@ -392,19 +372,19 @@ def _work_of_a_day(num_queued: int) -> list[int]:
     work = []
     for number in range(60):
         actions = list[Action | None]()
-        work.append(_work(lambda actions=actions: actions.append(scheduler.next())))
+        work.append(work_of(lambda actions=actions: actions.append(scheduler.next())))
         (action,) = actions
         if isinstance(action, Admit):
-            work.append(_work(lambda key=action.key: scheduler.begin(key, start=0)))
+            work.append(work_of(lambda key=action.key: scheduler.begin(key, start=0)))
         if isinstance(action, Decode) and number % 3 == 0:
-            work.append(_work(lambda slot=action.slots[0]: scheduler.finish(slot)))
+            work.append(work_of(lambda slot=action.slots[0]: scheduler.finish(slot)))
         if number % 10 == 5:
             # From the middle of the queue, and a new one at its end.
             key = num_queued // 2 + number
-            work += [_work(lambda c=c, key=key: scheduler.cancel(key, c)) for c in range(3)]
+            work += [work_of(lambda c=c, key=key: scheduler.cancel(key, c)) for c in range(3)]
             key = 10_000 + number
             new = {"prompt_length": 1, "choices": range(2)}
-            work.append(_work(lambda key=key, new=new: scheduler.submit(key, **new)))
+            work.append(work_of(lambda key=key, new=new: scheduler.submit(key, **new)))
     return work
 
 

@@ -3,8 +3,6 @@
 So ten thousand steps take seconds, and every call of a program is checked against the others.
 """
 
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +18,7 @@ from refimpl.engine.request import Request
 from refimpl.engine.session import Session
 from refimpl.engine.worker import Worker
 from tests.engines import CONTEXT, prompt_ids, random_requests, request_of, tiny_gemma
+from tests.work import work_of
 
 SLOTS = 5
 BLOCK_BYTES = 4096
@@ -52,9 +51,6 @@ class FakePrograms(Programs):
 
     def warm_up(self, state: Any) -> Any:
         return iter(())
-
-    def put(self, arrays: Any) -> Any:
-        return arrays
 
     @cached_property
     def prefill(self) -> Any:
@@ -220,25 +216,6 @@ def test_ten_thousand_random_steps_leave_nothing_behind() -> None:
     assert statistics.evictions > 10
 
 
-def work_of(run: Callable[[], Any]) -> int:
-    """How many lines of Python and calls of anything it takes."""
-    count = 0
-
-    def trace(*_: Any) -> Any:
-        nonlocal count
-        count += 1
-        return trace
-
-    sys.settrace(trace)
-    sys.setprofile(trace)
-    try:
-        run()
-    finally:
-        sys.settrace(None)
-        sys.setprofile(None)
-    return count
-
-
 def work_of_steps(num_queued: int) -> list[int]:
     """The work of each of forty steps while so many more wait."""
     desk = FakeDesk(steps=1)
@@ -273,3 +250,30 @@ def test_what_needs_no_computing_waits_for_nobody_and_holds_nobody_up() -> None:
     assert desk.num_finished == 2000
     assert list(desk.running) == [decoding]
     assert desk.worker.scheduler.num_waiting == 1
+
+
+def test_a_slot_that_breaks_down_behind_a_stop_string_is_reset() -> None:
+    """The device does not know of stop strings: its later steps of the call are real ones."""
+    desk = FakeDesk(steps=2)
+    letter = desk.gemma.tokenizer.encode("e")[-1]
+    assert desk.gemma.tokenizer.decode([letter]) == "e"
+
+    def decode(_: Any, state: Any, packed: np.ndarray) -> Any:
+        rows = np.full((2, len(packed) - 1, STEP_FIELDS), -1, np.int32)
+        rows[:, 0, :3] = (letter, 1, 1), (letter, 0, 0)
+        rows[:, 0, 3:4] = np.array([-1], np.float32).view(np.int32)
+        return state, rows
+
+    cleared = list[int]()
+    reset = desk.programs.reset
+
+    def noted(parameters: Any, state: Any, slot: np.ndarray) -> Any:
+        cleared.append(int(slot[0]))
+        return reset(parameters, state, slot)
+
+    desk.programs.__dict__ |= {"decode": decode, "reset": noted}
+    desk.submit(request_of(prompt_ids(1, 5), max_tokens=9, stop=("e",)))
+    while desk.worker.step():
+        pass
+    assert desk.num_finished == 1
+    assert cleared == [0]

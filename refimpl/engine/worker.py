@@ -231,7 +231,8 @@ class Worker:
             if not goes_on:
                 del self._owners[slot]
                 self.scheduler.finish(slot)
-                if not row.is_finite:
+                # A later step of the call may have broken down when the text had ended already.
+                if not all(each.is_finite for each in rows):
                     self._run(self._programs.reset, np.array([slot], np.int32))
                 break
         self._forget_if_ended(key)
