@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from refimpl_kernels.noise import NOISE_BITS, gumbel_of_words, noise_words
 from refimpl_kernels.penalties import process
-from refimpl_kernels.sampling import sample, split_seed
 from refimpl_kernels.truncation import (
     Rules,
     distance_of,
@@ -298,17 +296,3 @@ def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
     assert draw_one([1.0, 1.0, 1.0, 1.0], top_p=0.6) == {0, 1, 2}
     assert draw_one([1.0, 1.0, 1.0, 1.0], top_p=0.6, top_k=2) == {0, 1}
     assert draw_one([1.0, 1.0, 1.0, 1.0], top_p=0.5, top_k=2) == {0}
-
-
-def test_sample_is_a_draw_with_nothing_but_a_temperature() -> None:
-    logits = np.random.default_rng(2).normal(size=50).astype(np.float32)
-    for temperature in (0.0, 0.8):
-        parameters = Parameters(temperature=temperature, seed=-3, choice=2)
-        token = jax.jit(sample)(
-            logits,
-            temperature=jnp.float32(temperature),
-            seed=jnp.array(split_seed(-3), jnp.uint32),
-            choice=jnp.int32(2),
-            position=jnp.int32(40),
-        )
-        assert int(token) == oracle.draw(logits, parameters, 40, vocab_size=50)

@@ -9,8 +9,7 @@ def row_stable_options(platform: str) -> dict[str, str]:
     otherwise on seven rows than on six, and attention otherwise for two requests than for one.
     The options leave YNNPACK only what no kernel here uses; XLA's own loops take each row alike.
 
-    Programs that run one request at a time have no rows beside it and do without; those that batch
-    requests must be compiled with these options.
+    Programs whose rows belong to different requests must be compiled with these options.
 
     Args:
         platform: as `jax.default_backend()` names it. Only "cpu" has these options, and only

@@ -59,7 +59,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float32, Int, Int32, UInt32
+from jaxtyping import Bool, Float32, Int32, UInt32
 
 from refimpl_kernels.noise import bound_of_words, gumbel_of_words, noise_words
 from refimpl_kernels.rows import best_columns, cut_off, first_where, max_of_rows, min_of_rows
@@ -202,40 +202,6 @@ def _winner(score: Int32[Array, "b w"], ids: Int32[Array, "#b w"]) -> Int32[Arra
 
 def _first_best(x: Float32[Array, "b v"]) -> Int32[Array, " b"]:
     return jnp.minimum(first_where(x == max_of_rows(x)[:, None]), x.shape[1] - 1)
-
-
-def sample(
-    logits: Float32[Array, " v"],
-    *,
-    temperature: Float32[Array, ""],
-    seed: UInt32[Array, "2"],
-    choice: Int[Array, ""],
-    position: Int[Array, ""],
-) -> Int32[Array, ""]:
-    """The next token of one request that asks for nothing but a temperature.
-
-    Args:
-        logits: -inf where an id must not be chosen.
-        temperature: 0 takes the highest logit, and of equal ones the lowest id.
-        seed: low and high word of the request's 64-bit seed.
-        choice: which of the request's choices this is, from 0.
-        position: of the token to be chosen, from 0 at the first token of the prompt.
-    """
-    zero, one = jnp.zeros(1, jnp.float32), jnp.ones(1, jnp.float32)
-    rows = SamplingRows(
-        temperature=temperature[None],
-        top_p=one,
-        top_k=jnp.zeros(1, jnp.int32),
-        min_p=zero,
-        frequency=zero,
-        presence=zero,
-        repetition=one,
-        seed=seed[None],
-        choice=choice[None].astype(jnp.int32),
-        is_biased=jnp.zeros(1, bool),
-    )
-    at = position[None].astype(jnp.int32)
-    return draw(logits[None], rows, at, vocab_size=logits.shape[0])[0]
 
 
 def split_seed(seed: int) -> tuple[int, int]:

@@ -94,14 +94,20 @@ class Programs:
 
     def new_state(self) -> DecodeState:
         """A state in which no slot runs."""
-        cache = KVCache.create(
-            self.gemma.config,
-            batch=self.slots,
-            length=self.context,
-            chunk=CHUNKS[-1],
-            dtype=self.gemma.numerics.dtype,
-        )
-        return DecodeState.create(cache, slots=self.slots, num_logits=self.gemma.config.vocab_size)
+
+        def create() -> DecodeState:
+            cache = KVCache.create(
+                self.gemma.config,
+                batch=self.slots,
+                length=self.context,
+                chunk=CHUNKS[-1],
+                dtype=self.gemma.numerics.dtype,
+            )
+            v = self.gemma.config.vocab_size
+            return DecodeState.create(cache, slots=self.slots, num_logits=v)
+
+        # One program: by itself, every array of another shape would be one.
+        return jax.jit(create)()
 
     @cached_property
     def prefill(self) -> Callable[..., tuple[DecodeState, Array]]:
