@@ -216,11 +216,11 @@ def bench(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Threads of the peer; we use every core. Default: one for each core."),
+        typer.Option(help="Threads of the peer; JAX chooses ours. Default: one for each core."),
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Other defaults, for a minute: 1,8 streams; 512; 3; 16."),
+        typer.Option("--quick", help="Other defaults, for some minutes: 1,8 streams; 512; 3; 16."),
     ] = False,
     cold: Annotated[
         bool, typer.Option("--cold", help="Compile everything anew, too, which takes minutes.")
