@@ -86,7 +86,7 @@ ROOMS = {
     ),
     "refimpl.server": room(
         ours="refimpl.errors refimpl.engine refimpl.server",
-        theirs="prometheus_client pydantic quart",
+        theirs="hypercorn prometheus_client pydantic quart",
     ),
     # It measures what others make, so it imports them; only the command line imports it.
     "refimpl.bench": room(

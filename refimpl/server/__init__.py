@@ -1,0 +1,1 @@
+"""The HTTP server: the legacy completions contract over an engine."""
