@@ -24,91 +24,102 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     model: str | None = Field(
-        None,
+        default=None,
         description="A name that `refimpl models` lists, a Hub id, a .gguf file or a checkpoint "
         "folder; by default the embedded Gemma 3 270M.",
     )
     aliases: tuple[str, ...] = Field(
-        (), description="Further names that requests may call the model by."
+        default=(), description="Further names that requests may call the model by."
     )
     numerics: Literal["float32", "hf_bfloat16", "deepmind_bfloat16"] = Field(
-        "float32", description="Where the forward pass rounds."
+        default="float32", description="Where the forward pass rounds."
     )
-    slots: Count = Field(8, description="Choices that are generated at the same time.")
+    slots: Count = Field(default=8, description="Choices that are generated at the same time.")
     context: Count | None = Field(
-        None,
+        default=None,
         description="Most tokens of prompt and completion together; by default the smaller of the "
         "model's context and 4096.",
     )
     steps: Count = Field(
-        1, description="Most decode steps in one call of the device while nobody waits."
+        default=1, description="Most decode steps in one call of the device while nobody waits."
     )
     prefix_bytes: Number = Field(
-        128 << 20, description="Memory for beginnings of prompts that may come again; 0 for none."
+        default=128 << 20,
+        description="Memory for beginnings of prompts that may come again; 0 for none.",
     )
 
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0 for any free one.")
-    tls_certificate: Path | None = Field(
-        None, description="PEM file with the certificate chain; turns TLS on."
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(
+        default=8000, ge=0, le=65_535, description="Port to listen on; 0 for any free one."
     )
-    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key.")
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file with the certificate chain; turns TLS on."
+    )
+    tls_key: Path | None = Field(
+        default=None, description="PEM file with the certificate's private key."
+    )
     cors_origins: tuple[str, ...] = Field(
-        (), description="Origins whose web pages may call the server; * for all."
+        default=(), description="Origins whose web pages may call the server; * for all."
     )
 
     api_keys: Path | None = Field(
-        None, description="TOML file with the keys that are let in, as hashes."
+        default=None, description="TOML file with the keys that are let in, as hashes."
     )
     allow_unauthenticated: bool = Field(
-        False, description="Listen on an address that others can reach though there are no keys."
+        default=False,
+        description="Listen on an address that others can reach though there are no keys.",
     )
 
-    max_body_bytes: Count = Field(2 << 20, description="Longest body of a request, in bytes.")
-    body_timeout: Seconds = Field(60.0, description="Seconds that a body may take to arrive.")
+    max_body_bytes: Count = Field(
+        default=2 << 20, description="Longest body of a request, in bytes."
+    )
+    body_timeout: Seconds = Field(
+        default=60.0, description="Seconds that a body may take to arrive."
+    )
     request_timeout: Seconds = Field(
-        600.0, description="Seconds after which a request ends, finished or not."
+        default=600.0, description="Seconds after which a request ends, finished or not."
     )
     drain_seconds: float = Field(
-        30.0,
+        default=30.0,
         ge=0,
         le=86_400,
         allow_inf_nan=False,
         description="Seconds that running requests have to end once the server is to stop.",
     )
-    max_queue: Count = Field(256, description="Most choices that run or wait at one time.")
-    max_prompts: Count = Field(128, description="Most prompts in one request.")
+    max_queue: Count = Field(default=256, description="Most choices that run or wait at one time.")
+    max_prompts: Count = Field(default=128, description="Most prompts in one request.")
     max_candidates: Count = Field(
-        128, description="Most candidates in one request: prompts times best_of or n."
+        default=128, description="Most candidates in one request: prompts times best_of or n."
     )
     max_tokens_total: Count = Field(
-        1 << 20, description="Most tokens that a request may ask for: candidates times max_tokens."
+        default=1 << 20,
+        description="Most tokens that a request may ask for: candidates times max_tokens.",
     )
-    max_stop: Count = Field(4, description="Most stop strings in one request.")
-    max_stop_length: Count = Field(256, description="Longest stop string, in characters.")
-    max_logit_bias: Count = Field(300, description="Most entries of logit_bias.")
-    max_json_depth: Count = Field(16, description="Deepest nesting of a request's JSON.")
+    max_stop: Count = Field(default=4, description="Most stop strings in one request.")
+    max_stop_length: Count = Field(default=256, description="Longest stop string, in characters.")
+    max_logit_bias: Count = Field(default=300, description="Most entries of logit_bias.")
+    max_json_depth: Count = Field(default=16, description="Deepest nesting of a request's JSON.")
     max_logprobs: int = Field(
-        5,
+        default=5,
         ge=0,
         le=20,
         description="Most likeliest tokens that a request may ask for at each place.",
     )
-    max_user_length: Count = Field(256, description="Longest `user`, in characters.")
+    max_user_length: Count = Field(default=256, description="Longest `user`, in characters.")
     unknown_fields: Literal["reject", "ignore"] = Field(
-        "reject", description="What becomes of a request with fields that nobody knows."
+        default="reject", description="What becomes of a request with fields that nobody knows."
     )
     list_end_of_text: bool = Field(
-        True, description="List the token that ends a text among its log-probabilities."
+        default=True, description="List the token that ends a text among its log-probabilities."
     )
     infill_candidates: int = Field(
-        8, ge=1, le=128, description="Middles that are drawn for each choice with a suffix."
+        default=8, ge=1, le=128, description="Middles that are drawn for each choice with a suffix."
     )
     infill_cuts: Count = Field(
-        16, description="Places at which each of these middles may be cut off."
+        default=16, description="Places at which each of these middles may be cut off."
     )
-    infill_suffix_tokens: Count = Field(512, description="Longest suffix, in tokens.")
+    infill_suffix_tokens: Count = Field(default=512, description="Longest suffix, in tokens.")
 
     log_format: Literal["text", "json"] = Field(
-        "text", description="How a line of the access log is spelt."
+        default="text", description="How a line of the access log is spelt."
     )
