@@ -25,7 +25,7 @@ _FIELDS = {"banned_token_ids": "bad_words", "prompt_ids": "prompt"}
 _log = logging.getLogger(__name__)
 
 
-class Problem(Exception):
+class Problem(Exception):  # noqa: N818 - the word of RFC 9457
     """An error reply.
 
     Attributes:
