@@ -68,6 +68,10 @@ ROOMS = {
         ours="refimpl.errors refimpl.engine refimpl.model refimpl_kernels",
         theirs="jax jaxtyping numpy",
     ),
+    # A with block shows on a terminal how far the start is.
+    "refimpl.engine.engine": room(
+        ours="refimpl.errors refimpl.engine refimpl.model refimpl.progress", theirs=""
+    ),
     **dict.fromkeys(
         (
             f"refimpl.engine.{name}"
@@ -86,7 +90,7 @@ ROOMS = {
     ),
     "refimpl.server": room(
         ours="refimpl.errors refimpl.engine refimpl.server",
-        theirs="hypercorn prometheus_client pydantic quart",
+        theirs="hypercorn prometheus_client pydantic quart werkzeug",
     ),
     # It measures what others make, so it imports them; only the command line imports it.
     "refimpl.bench": room(
