@@ -27,15 +27,15 @@ class StreamOptions(Fields):
     """How a stream is sent."""
 
     include_usage: bool = Field(
-        False, description="Send one more chunk at the end, with the usage and no choices."
+        default=False, description="Send one more chunk at the end, with the usage and no choices."
     )
     include_obfuscation: bool = Field(
-        False,
+        default=False,
         description="Give every chunk a string of random length, so that who sees only sizes does "
         "not learn those of the tokens.",
     )
     continuous_usage_stats: bool = Field(
-        False, description="Give the usage so far in every chunk. Not of OpenAI's contract."
+        default=False, description="Give the usage so far in every chunk. Not of OpenAI's contract."
     )
 
 
@@ -44,20 +44,20 @@ class CompletionRequest(Extensions):
 
     model: str = Field(description="A name that `GET /v1/models` lists.")
     prompt: PromptForm | None = Field(
-        None,
+        default=None,
         description="A text, texts, ids or lists of ids. Texts begin with the model's beginning of "
         "text; ids are taken as they are. Nothing, or an empty text, is a new document.",
     )
     best_of: Integer = Field(
-        0,
+        default=0,
         ge=0,
         le=20,
         description="Candidates for each prompt, of which the n with the highest mean "
         "log-probability of a token are the choices. 0 is n. Above n not with stream.",
     )
-    echo: bool = Field(False, description="Begin the text with the prompt.")
+    echo: bool = Field(default=False, description="Begin the text with the prompt.")
     frequency_penalty: Number = Field(
-        0.0, ge=-2, le=2, description="Subtracted from a logit for each time it was drawn."
+        default=0.0, ge=-2, le=2, description="Subtracted from a logit for each time it was drawn."
     )
     logit_bias: dict[
         Annotated[str, Field(pattern=r"^[0-9]+$")], Annotated[Number, Field(ge=-100, le=100)]
@@ -66,34 +66,39 @@ class CompletionRequest(Extensions):
         description="Added to the logits of ids, which are decimal strings.",
     )
     logprobs: Integer | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Give each token's log-probability, and of so many of the likeliest in its "
         "place.",
     )
-    max_tokens: Integer = Field(16, ge=0, description="Most tokens to generate for each choice.")
-    n: Integer = Field(1, ge=1, le=128, description="Choices for each prompt.")
+    max_tokens: Integer = Field(
+        default=16, ge=0, description="Most tokens to generate for each choice."
+    )
+    n: Integer = Field(default=1, ge=1, le=128, description="Choices for each prompt.")
     presence_penalty: Number = Field(
-        0.0, ge=-2, le=2, description="Subtracted from a logit once it was drawn."
+        default=0.0, ge=-2, le=2, description="Subtracted from a logit once it was drawn."
     )
     seed: Integer | None = Field(
-        None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same answer."
+        default=None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same answer."
     )
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] = Field(
         default_factory=list[str], description="Texts, each of which ends the text before it."
     )
     stream: bool = Field(
-        False, description="Send the text while it is made, as server-sent events."
+        default=False, description="Send the text while it is made, as server-sent events."
     )
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    suffix: str = Field("", description="Text that comes after the completion.")
+    stream_options: StreamOptions | None = Field(default=None, description="Only with stream.")
+    suffix: str = Field(default="", description="Text that comes after the completion.")
     temperature: Number = Field(
-        1.0, ge=0, le=2, description="Divides the logits; 0 draws the likeliest token."
+        default=1.0, ge=0, le=2, description="Divides the logits; 0 draws the likeliest token."
     )
     top_p: Number = Field(
-        1.0, ge=0, le=1, description="Draw from the fewest tokens that are this likely together."
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Draw from the fewest tokens that are this likely together.",
     )
-    user: str = Field("", description="A name of the end user, for the server's log.")
+    user: str = Field(default="", description="A name of the end user, for the server's log.")
 
     @property
     def num_candidates(self) -> int:

@@ -35,59 +35,70 @@ NOT_CARRIED: dict[str, tuple[object, ...]] = {
 class Extensions(Fields):
     """Fields that are no part of OpenAI's contract."""
 
-    ignore_eos: bool = Field(False, description="Go on behind an end of text.")
+    ignore_eos: bool = Field(default=False, description="Go on behind an end of text.")
     repetition_penalty: Number = Field(
-        1.0,
+        default=1.0,
         gt=0,
         description="Divides the positive logits of tokens in prompt and output, and multiplies "
         "the negative ones.",
     )
     top_k: Integer = Field(
-        0, ge=-1, description="Draw from so many of the likeliest tokens; 0 and -1 from all."
+        default=0,
+        ge=-1,
+        description="Draw from so many of the likeliest tokens; 0 and -1 from all.",
     )
     min_p: Number = Field(
-        0.0, ge=0, le=1, description="Draw from tokens at least this likely, next to the likeliest."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Draw from tokens at least this likely, next to the likeliest.",
     )
     min_tokens: Integer = Field(
-        0, ge=0, description="Draw no end of text before there are so many tokens."
+        default=0, ge=0, description="Draw no end of text before there are so many tokens."
     )
     stop_token_ids: list[TokenId] = Field(
         default_factory=list[int], fail_fast=True, description="Ids that end the text."
     )
     include_stop_str_in_output: bool = Field(
-        False, description="Leave the stop string in the text."
+        default=False, description="Leave the stop string in the text."
     )
-    skip_special_tokens: bool = Field(True, description="Leave control tokens out of the text.")
+    skip_special_tokens: bool = Field(
+        default=True, description="Leave control tokens out of the text."
+    )
     add_special_tokens: bool = Field(
-        True, description="Begin the ids of a text with the model's beginning of text."
+        default=True, description="Begin the ids of a text with the model's beginning of text."
     )
     truncate_prompt_tokens: Integer | None = Field(
-        None,
+        default=None,
         ge=-1,
         description="Keep at most so many tokens of each prompt; -1 as many as leave room for "
         "max_tokens.",
     )
     truncation_side: Literal["left", "right"] = Field(
-        "left", description="The side on which the tokens of a longer prompt are dropped."
+        default="left", description="The side on which the tokens of a longer prompt are dropped."
     )
-    allowed_token_ids: TokenIds | None = Field(None, description="Only these ids are drawn.")
+    allowed_token_ids: TokenIds | None = Field(
+        default=None, description="Only these ids are drawn."
+    )
     bad_words: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list[str],
         fail_fast=True,
         description="Words that are one token each, and are not drawn.",
     )
     prompt_logprobs: Integer | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Give the log-probability of each prompt token, and of so many of the "
         "likeliest in its place. Above 0 not with stream.",
     )
-    return_token_ids: bool = Field(False, description="Give ids besides the text.")
+    return_token_ids: bool = Field(default=False, description="Give ids besides the text.")
     return_tokens_as_token_ids: bool = Field(
-        False, description="Spell tokens `token_id:N`, which no two of them share."
+        default=False, description="Spell tokens `token_id:N`, which no two of them share."
     )
     request_id: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_.:-]{1,128}$", description="The reply's id, behind `cmpl-`."
+        default=None,
+        pattern=r"^[A-Za-z0-9_.:-]{1,128}$",
+        description="The reply's id, behind `cmpl-`.",
     )
 
 
