@@ -17,7 +17,7 @@ import pytest
 
 from refimpl.engine.engine import Engine
 from refimpl.engine.events import Completion, Delta, Event, Finished, PromptScored, collect
-from refimpl.engine.inbox import Inbox
+from refimpl.engine.inbox import LoopInbox
 from refimpl.engine.request import Request, SamplingParams
 from refimpl.engine.worker import Worker
 from refimpl.errors import EngineError, InvalidRequestError
@@ -503,7 +503,7 @@ def test_a_program_that_fails_ends_all_and_the_next_start_is_clean(
     assert not fresh.is_healthy
     with pytest.raises(EngineError, match="start it again"):
         fresh.complete([2], SamplingParams())
-    assert not loop._puts
+    assert not loop._readers
     fresh.start()
     assert fresh.is_healthy
     assert worker_of(fresh).scheduler.num_free == 16
@@ -669,7 +669,7 @@ def test_five_hundred_random_steps_leave_nothing_behind(small: Engine) -> None:
     wait_until(lambda: is_at_rest(small))
     worker = worker_of(small)
     assert worker.scheduler.num_free == 4
-    held = (worker._sessions, worker._keys, worker._owners, worker._sources, loop._puts)
+    held = (worker._sessions, worker._keys, worker._owners, worker._sources, loop._readers)
     assert [len(each) for each in held] == [0] * 5
     small.complete([2], SamplingParams(max_tokens=1))
     wait_until(lambda: is_at_rest(small))
@@ -683,19 +683,18 @@ def test_five_hundred_random_steps_leave_nothing_behind(small: Engine) -> None:
 def test_deliveries_to_a_loop_that_is_gone_harm_nobody() -> None:
     loop = asyncio.new_event_loop()
 
-    async def inbox() -> Inbox:
-        return Inbox(asyncio.get_running_loop())
+    async def inbox() -> LoopInbox:
+        return LoopInbox(asyncio.get_running_loop())
 
     made = loop.run_until_complete(inbox())
     loop.close()
-    for _ in range(3):
-        made.put([])
+    assert [made.put([]) for _ in range(3)] == [False] * 3
 
 
 def test_deliveries_keep_their_order_and_share_a_wake_up() -> None:
     async def receive() -> tuple[list[int], int]:
         loop = asyncio.get_running_loop()
-        boxes = [Inbox(loop) for _ in range(3)]
+        boxes = [LoopInbox(loop) for _ in range(3)]
         wakes = 0
         wake = loop.call_soon_threadsafe
 
@@ -727,7 +726,7 @@ def test_deliveries_keep_their_order_and_share_a_wake_up() -> None:
 def test_a_closed_loop_is_forgotten() -> None:
     async def inbox() -> weakref.ref[asyncio.AbstractEventLoop]:
         loop = asyncio.get_running_loop()
-        box = Inbox(loop)
+        box = LoopInbox(loop)
         box.put([])
         await box.get()
         return weakref.ref(loop)

@@ -320,9 +320,24 @@ def test_a_request_fits_its_model() -> None:
     request.check(100, 10)
     for vocab_size, context, parameter, message in [
         (99, 10, "prompt", "prompt has token id 99, which is outside the vocabulary of 99"),
-        (100, 9, "max_tokens", "context is 9 tokens; the prompt has 2 and max_tokens is 8"),
-        (100, 2, "max_tokens", "context is 2 tokens; the prompt has 2 and max_tokens is 8"),
-        (100, 1, "prompt", "context is 1 tokens; the prompt has 2 and max_tokens is 8"),
+        (
+            100,
+            9,
+            "max_tokens",
+            "the engine's context is 9 tokens; the prompt has 2 and max_tokens is 8",
+        ),
+        (
+            100,
+            2,
+            "max_tokens",
+            "the engine's context is 2 tokens; the prompt has 2 and max_tokens is 8",
+        ),
+        (
+            100,
+            1,
+            "prompt",
+            "the engine's context is 1 tokens; the prompt has 2 and max_tokens is 8",
+        ),
     ]:
         with pytest.raises(InvalidRequestError, match=message) as caught:
             request.check(vocab_size, context)

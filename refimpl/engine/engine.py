@@ -7,14 +7,13 @@ get events back through a queue of their own; to stop a request is to close its 
 import asyncio
 import contextlib
 import itertools
-import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
 from refimpl.engine.events import Completion, Event, Finished, TokenLogprob, collect
-from refimpl.engine.inbox import Delivery, Inbox
-from refimpl.engine.loop import EngineLoop, Put
+from refimpl.engine.inbox import Backlog, Delivery, Inbox, LoopInbox, ThreadInbox
+from refimpl.engine.loop import EngineLoop
 from refimpl.engine.packing import MAX_STOP_IDS
 from refimpl.engine.programs import Programs
 from refimpl.engine.request import Request, SamplingParams
@@ -22,8 +21,9 @@ from refimpl.engine.session import Session
 from refimpl.engine.worker import Worker
 from refimpl.errors import EngineError, InvalidRequestError
 from refimpl.model.gemma import Gemma
+from refimpl.progress import Progress
 
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class EngineOptions:
         steps: most decode steps in one call of the device, while nobody waits. More steps cost
             less per token on an accelerator, and tokens come in bursts of so many.
         prefix_bytes: memory for blocks of prompts that may come again; 0 keeps none.
+        max_unread: deliveries that the reader of a request may leave unread; a call of decode
+            makes one for each choice. Then the request pauses until half of them are read. It
+            keeps its slots meanwhile, and is still held to its deadline.
         compile_at_start: compile every program before the first request. False compiles each at
             its first use, which is sooner done where one request is all there is.
     """
@@ -45,6 +48,7 @@ class EngineOptions:
     context: int | None = None
     steps: int = 1
     prefix_bytes: int = 128 << 20
+    max_unread: int = 64
     compile_at_start: bool = True
 
     def __post_init__(self) -> None:
@@ -53,7 +57,7 @@ class EngineOptions:
         Raises:
             InvalidRequestError: naming the option.
         """
-        for name, least in (("slots", 1), ("steps", 1), ("prefix_bytes", 0)):
+        for name, least in (("slots", 1), ("steps", 1), ("prefix_bytes", 0), ("max_unread", 1)):
             if getattr(self, name) < least:
                 raise InvalidRequestError(
                     f"{name} must be at least {least}, got {getattr(self, name)}", parameter=name
@@ -93,7 +97,12 @@ class Engine:
         self._running: EngineLoop | None = None
 
     def __enter__(self) -> "Engine":
-        self.start()
+        """Start, and show on a terminal how far that is."""
+        if self.options.compile_at_start:
+            with Progress() as bars:
+                self.start(lambda _, done, total: bars.update("compiling", done, total))
+        else:
+            self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,7 +118,7 @@ class Engine:
         """What runs on the engine's thread; for its statistics. None before the start."""
         return None if self._running is None else self._running.worker
 
-    def start(self, progress: Progress | None = None) -> None:
+    def start(self, progress: OnProgress | None = None) -> None:
         """Compile the programs, unless that is left to their first use, and take requests.
 
         What this machine has compiled before comes from the cache, if that is enabled.
@@ -125,7 +134,11 @@ class Engine:
                 raise EngineError("the engine runs already: close it before it is started again")
             # A loop that failed still holds its state, as big as the new one.
             self._running = None
-            loop = EngineLoop(self._programs, prefix_bytes=self.options.prefix_bytes)
+            loop = EngineLoop(
+                self._programs,
+                prefix_bytes=self.options.prefix_bytes,
+                max_unread=self.options.max_unread,
+            )
             compiles = loop.worker.start(compile_all=self.options.compile_at_start)
             for name, number, total in compiles:
                 if progress is not None:
@@ -175,17 +188,17 @@ class Engine:
             InvalidRequestError, EngineError: as `stream`.
         """
         self.check(request)
-        inbox = Inbox(asyncio.get_running_loop())
-        loop, key = self._submit(request, inbox.put)
+        inbox = LoopInbox(asyncio.get_running_loop())
+        sent = self._send(request, inbox)
         left = request.params.num_candidates
         try:
             while left:
-                for event in _events_of(await inbox.get()):
+                for event in sent.read(await inbox.get()):
                     left -= isinstance(event, Finished)
                     yield event
         finally:
             if left:
-                loop.cancel(key)
+                sent.cancel()
 
     def complete(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
@@ -240,29 +253,42 @@ class Engine:
             return collect(request, events)
 
     def _stream(self, request: Request) -> Generator[Event, None, None]:
-        deliveries = queue.SimpleQueue[Delivery]()
-        loop, key = self._submit(request, deliveries.put)
+        inbox = ThreadInbox()
+        sent = self._send(request, inbox)
         left = request.params.num_candidates
         try:
             while left:
-                for event in _events_of(deliveries.get()):
+                for event in sent.read(inbox.get()):
                     left -= isinstance(event, Finished)
                     yield event
         finally:
             if left:
-                loop.cancel(key)
+                sent.cancel()
 
-    def _submit(self, request: Request, put: Put) -> tuple[EngineLoop, int]:
+    def _send(self, request: Request, inbox: Inbox) -> "_Sent":
         running = self._running
         if running is None:
             raise EngineError("the engine does not run: call start(), or use it in a with block")
         key = next(self._keys)
         session = Session(request, self.gemma.tokenizer, self.gemma.eos_ids)
-        running.submit(key, session, put)
-        return running, key
+        return _Sent(running, key, running.submit(key, session, inbox))
 
 
-def _events_of(delivery: Delivery) -> list[Event]:
-    if isinstance(delivery, EngineError):
-        raise delivery
-    return delivery
+@dataclass(frozen=True)
+class _Sent:
+    """A request in the hands of its reader."""
+
+    loop: EngineLoop
+    key: int
+    backlog: Backlog
+
+    def read(self, delivery: Delivery) -> list[Event]:
+        """Take note of a delivery; gives its events."""
+        self.backlog.read()
+        if isinstance(delivery, EngineError):
+            raise delivery
+        return delivery
+
+    def cancel(self) -> None:
+        """End the request, if it has not ended."""
+        self.loop.cancel(self.key)

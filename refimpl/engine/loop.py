@@ -1,31 +1,34 @@
 """The engine's thread: an inbox, deadlines, and one action of the worker after the other."""
 
-import heapq
 import queue
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from refimpl.engine.events import Event
-from refimpl.engine.inbox import Delivery
+from refimpl.engine.inbox import Backlog, Inbox
 from refimpl.engine.programs import Programs
 from refimpl.engine.session import Session
 from refimpl.engine.worker import Worker
 from refimpl.errors import EngineError
-
-Put = Callable[[Delivery], None]
 
 
 @dataclass(frozen=True)
 class _Submit:
     key: int
     session: Session
-    put: Put
+    inbox: Inbox
+    backlog: Backlog
 
 
 @dataclass(frozen=True)
 class _Cancel:
+    key: int
+
+
+@dataclass(frozen=True)
+class _Resume:
     key: int
 
 
@@ -42,36 +45,44 @@ class EngineLoop:
         thread: to be started once the worker has been.
     """
 
-    def __init__(self, programs: Programs, *, prefix_bytes: int) -> None:
+    def __init__(self, programs: Programs, *, prefix_bytes: int, max_unread: int) -> None:
         """Everything but the start of the thread.
 
         Args:
             programs: what to run.
             prefix_bytes: budget of the prefix cache.
+            max_unread: deliveries that a request's reader may leave unread before it pauses.
         """
         self.error: EngineError | None = None
         self.worker = Worker(programs, prefix_bytes=prefix_bytes, emit=self._emit)
         self.thread = threading.Thread(target=self._run, name="refimpl-engine", daemon=True)
-        self._inbox = queue.SimpleQueue[_Submit | _Cancel | _Stop]()
-        self._puts = dict[int, Put]()
+        self._max_unread = max_unread
+        self._inbox = queue.SimpleQueue[_Submit | _Cancel | _Resume | _Stop]()
+        self._readers = dict[int, _Submit]()
+        # Of requests in flight, the first to come first.
         self._deadlines = list[tuple[float, int]]()
         self._lock = threading.Lock()
 
-    def submit(self, key: int, session: Session, put: Put) -> None:
+    def submit(self, key: int, session: Session, inbox: Inbox) -> Backlog:
         """Send a request; from any thread.
 
         Args:
             key: a number that no other request has had.
             session: of the request.
-            put: takes what comes of it, on the loop's thread.
+            inbox: gets what comes of it.
+
+        Returns:
+            Of the inbox; to be told whenever something was read.
 
         Raises:
             EngineError: the loop has ended.
         """
+        backlog = Backlog(self._max_unread, drained=lambda: self._inbox.put(_Resume(key)))
         with self._lock:
             if self.error is not None:
                 raise self.error
-            self._inbox.put(_Submit(key, session, put))
+            self._inbox.put(_Submit(key, session, inbox, backlog))
+        return backlog
 
     def cancel(self, key: int) -> None:
         """End a request, if it has not ended; from any thread."""
@@ -96,7 +107,9 @@ class EngineLoop:
         """Everything in the inbox; waits while there is nothing to do. False to stop."""
         while True:
             try:
-                message = self._inbox.get(block=self.worker.scheduler.is_idle)
+                message = self._inbox.get(
+                    block=self.worker.scheduler.is_idle, timeout=self._until_deadline()
+                )
             except queue.Empty:
                 return True
             match message:
@@ -104,28 +117,46 @@ class EngineLoop:
                     self._begin(message)
                 case _Cancel():
                     self.worker.cancel(message.key)
+                case _Resume():
+                    self.worker.scheduler.resume(message.key)
                 case _Stop():
                     return False
 
     def _begin(self, message: _Submit) -> None:
-        self._puts[message.key] = message.put
+        self._readers[message.key] = message
         deadline = message.session.request.deadline
         if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, message.key))
+            insort(self._deadlines, (deadline, message.key))
         self.worker.submit(message.key, message.session)
 
+    def _until_deadline(self) -> float | None:
+        """Seconds until the first deadline, which may be of a request that is paused."""
+        if not self._deadlines:
+            return None
+        return min(max(self._deadlines[0][0] - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+
     def _expire(self) -> None:
-        heap = self._deadlines
-        while heap and (heap[0][0] <= time.monotonic() or not self.worker.is_in_flight(heap[0][1])):
-            _, key = heapq.heappop(heap)
-            self.worker.cancel(key, "deadline")
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            self.worker.cancel(self._deadlines[0][1], "deadline")
 
     def _emit(self, key: int, events: list[Event]) -> None:
         if not events:
             return
-        self._puts[key](events)
+        reader = self._readers[key]
+        is_enough, is_read = reader.backlog.sent(), reader.inbox.put(events)
         if not self.worker.is_in_flight(key):
-            del self._puts[key]
+            self._forget(reader)
+        elif not is_read:
+            # Not at once: the worker is in the midst of a step.
+            self.cancel(key)
+        elif is_enough:
+            self.worker.scheduler.pause(key)
+
+    def _forget(self, reader: _Submit) -> None:
+        del self._readers[reader.key]
+        deadline = reader.session.request.deadline
+        if deadline is not None:
+            del self._deadlines[bisect_left(self._deadlines, (deadline, reader.key))]
 
     def _end(self, error: EngineError, cause: Exception | None = None) -> None:
         error.__cause__ = cause
@@ -137,7 +168,8 @@ class EngineLoop:
             except queue.Empty:
                 break
             if isinstance(message, _Submit):
-                self._puts[message.key] = message.put
-        for put in self._puts.values():
-            put(error)
-        self._puts.clear()
+                self._readers[message.key] = message
+        for reader in self._readers.values():
+            reader.inbox.put(error)
+        self._readers.clear()
+        self._deadlines.clear()

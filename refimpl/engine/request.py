@@ -245,7 +245,8 @@ class Request:
 
         Args:
             vocab_size: ids are below it.
-            context_length: most tokens of prompt and output together.
+            context_length: most tokens of prompt and output together that the engine takes; the
+                model may take more.
             eos_ids: the model's own ends of text.
 
         Raises:
@@ -256,7 +257,7 @@ class Request:
         num_prompt, max_tokens = len(self.prompt_ids), self.params.max_tokens
         if num_prompt + max_tokens > context_length:
             raise InvalidRequestError(
-                f"the model's context is {context_length} tokens; the prompt has {num_prompt} and "
+                f"the engine's context is {context_length} tokens; the prompt has {num_prompt} and "
                 f"max_tokens is {max_tokens}: shorten one of them",
                 parameter="prompt" if num_prompt > context_length else "max_tokens",
             )

@@ -4,6 +4,8 @@
     admitted   as many of a group's choices as there are free slots; the first of the slots is
                prefilled, the others get copies of it
     decoding   slots that make tokens
+    paused     requests whose reader is behind: their slots keep what they hold and sit out, and
+               their other choices leave the queue, so that they hold up nobody
 
 First come, first served. While slots decode, at most one chunk of prefill runs between two calls of
 decode, and prompts being prefilled take turns with their chunks, so that neither a long prompt nor
@@ -101,11 +103,14 @@ class Scheduler:
         self._queue = OrderedDict[int, _Group]()
         self._prefilling = deque[_Group]()
         self._decoding = dict[int, tuple[int, int]]()
+        # Of those that are paused: the slots, and by key what has left the queue.
+        self._sitting_out = dict[int, tuple[int, int]]()
+        self._paused = dict[int, _Group | None]()
         self._may_prefill = True
 
     @property
     def num_waiting(self) -> int:
-        """Requests of which some choice has no slot yet."""
+        """Requests of which some choice has no slot yet, but those that are paused."""
         return len(self._queue)
 
     @property
@@ -114,8 +119,13 @@ class Scheduler:
         return len(self._free)
 
     @property
+    def num_paused(self) -> int:
+        """Requests that are paused."""
+        return len(self._paused)
+
+    @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there is nothing to do, as things are."""
         return not (self._queue or self._prefilling or self._decoding)
 
     def submit(self, key: int, *, prompt_length: int, choices: Sequence[int]) -> None:
@@ -148,8 +158,23 @@ class Scheduler:
 
     def finish(self, slot: int) -> None:
         """A slot's choice has ended: the slot is free."""
-        del self._decoding[slot]
+        del (self._decoding if slot in self._decoding else self._sitting_out)[slot]
         self._free.append(slot)
+
+    def pause(self, key: int) -> None:
+        """Leave a request out until it is resumed; a prompt being prefilled is finished."""
+        self._paused.setdefault(key, self._queue.pop(key, None))
+        _move(key, self._decoding, self._sitting_out)
+
+    def resume(self, key: int) -> None:
+        """Go on with a request, before all that waits now; nothing if it is not paused."""
+        if key not in self._paused:
+            return
+        group = self._paused.pop(key)
+        if group is not None:
+            self._queue[key] = group
+            self._queue.move_to_end(key, last=False)
+        _move(key, self._sitting_out, self._decoding)
 
     def cancel(self, key: int, choice: int) -> int | None:
         """Forget a choice, wherever it is.
@@ -157,21 +182,26 @@ class Scheduler:
         Returns:
             The slot that it decoded in, which is free now; None if it had none or did not decode.
         """
-        queued = self._queue.get(key)
-        if queued is not None and choice in queued.waiting:
-            queued.waiting.remove(choice)
-            if not queued.waiting:
-                del self._queue[key]
+        waiting = self._queue.get(key) or self._paused.get(key)
+        if waiting is not None and choice in waiting.waiting:
+            waiting.waiting.remove(choice)
+            if not waiting.waiting:
+                self._leave_queue(key)
             return None
         for group in self._prefilling:
             if group.key == key and choice in group.slots:
                 self._cancel_prefilling(group, choice)
                 return None
-        for slot, owner in self._decoding.items():
+        for slot, owner in (*self._decoding.items(), *self._sitting_out.items()):
             if owner == (key, choice):
                 self.finish(slot)
                 return slot
         return None
+
+    def _leave_queue(self, key: int) -> None:
+        """Nobody waits any more; a request that is paused stays so."""
+        if self._queue.pop(key, None) is None:
+            self._paused[key] = None
 
     def _cancel_prefilling(self, group: _Group, choice: int) -> None:
         slot = group.slots.pop(choice)
@@ -206,7 +236,8 @@ class Scheduler:
             self._may_prefill = False
             return Prefill(group.key, group.source, group.chunks.popleft())
         choices = tuple(group.slots.items())
-        self._decoding |= {slot: (group.key, choice) for choice, slot in choices}
+        active = self._sitting_out if group.key in self._paused else self._decoding
+        active |= {slot: (group.key, choice) for choice, slot in choices}
         if group.source not in group.slots.values():
             self._free.append(group.source)
         return Activate(group.key, group.source, choices)
@@ -220,3 +251,9 @@ class Scheduler:
                 self._decoding[slot] = self._decoding.pop(slot)
         # Who waits for a slot should not wait for steps of a request that has ended already.
         return Decode(slots, 1 if self._queue or self._prefilling else self._max_steps)
+
+
+def _move(key: int, source: dict[int, tuple[int, int]], to: dict[int, tuple[int, int]]) -> None:
+    """Move the slots of a request."""
+    for slot in [slot for slot, owner in source.items() if owner[0] == key]:
+        to[slot] = source.pop(slot)

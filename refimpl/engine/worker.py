@@ -250,6 +250,8 @@ class Worker:
         if not self._sessions[key].running:
             del self._sessions[key]
             self._keys.pop(key, None)
+            # A request that ended while it was paused is so no more.
+            self.scheduler.resume(key)
 
 
 def _is_biased(session: Session) -> bool:
