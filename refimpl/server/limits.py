@@ -6,6 +6,7 @@ request, tokenising included, so that what is refused costs next to nothing.
 All of this belongs to one event loop; nothing here is safe to call from another thread.
 """
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ class Queue:
         self.throughput = Throughput(clock=clock)
         self._places = set[Place]()
         self._num_held = 0
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
 
     @property
     def num_held(self) -> int:
@@ -107,12 +110,19 @@ class Queue:
         self._check()
         place = Place(self)
         self._places.add(place)
+        self._is_empty.clear()
         try:
             place.resize(choices)
             yield place
         finally:
             self._places.discard(place)
             self._take(-place.choices)
+            if not self._places:
+                self._is_empty.set()
+
+    async def wait_until_empty(self) -> None:
+        """Until no request has a place."""
+        await self._is_empty.wait()
 
     def seconds_until(self, choices: int) -> int:
         """How long until so many places should be free; from 1 to `LONGEST_WAIT`.
