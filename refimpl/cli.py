@@ -1,4 +1,4 @@
-"""The command line: complete, score, bench, models.
+"""The command line: serve, complete, score, bench, models.
 
 Results go to standard output, progress and errors to standard error; `refimpl.__main__` says how a
 run ends.
@@ -17,6 +17,7 @@ import typer
 import refimpl
 from refimpl.errors import EngineError, InvalidRequestError
 from refimpl.progress import Progress
+from refimpl.serve.command import EPILOG, serve
 
 if TYPE_CHECKING:
     from refimpl.engine.engine import Engine
@@ -68,6 +69,9 @@ def _root(
 ) -> None:
     """Google's Gemma language models in pure Python on JAX."""
     del version
+
+
+app.command(epilog=EPILOG)(serve)
 
 
 @app.command(

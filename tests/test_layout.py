@@ -39,7 +39,7 @@ def room(ours: str, theirs: str) -> Room:
 
 COMMAND_LINE = room(
     ours="refimpl refimpl_kernels refimpl_weights",
-    theirs="flax huggingface_hub jax jaxtyping numpy platformdirs quart rich typer",
+    theirs="flax huggingface_hub jax jaxtyping numpy platformdirs pydantic quart rich typer",
 )
 # Host code that plans and spells; whatever it imports must not bring JAX.
 HOST_CODE = room(
@@ -99,6 +99,7 @@ ROOMS = {
         theirs="numpy rich",
     ),
     "refimpl.cli": COMMAND_LINE,
+    "refimpl.serve": COMMAND_LINE,
     "refimpl.progress": COMMAND_LINE,
     "refimpl.__main__": COMMAND_LINE,
 }

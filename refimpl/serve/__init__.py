@@ -1,0 +1,1 @@
+"""The command `serve`: between the command line, the model and `refimpl.server`."""
