@@ -12,6 +12,7 @@ from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
 from refimpl.errors import EngineError, InvalidRequestError, TokenizerError
+from refimpl.server.identity import request_id
 
 MAX_MESSAGE = 1000
 MAX_PARAM = 100
@@ -112,9 +113,9 @@ def problem_of(error: Exception) -> Problem:
         case HTTPException():
             return _problem_of_http(error)
         case EngineError():
-            _log.error("the engine ended a request: %s", error)
+            _log.error("request_id=%s the engine ended the request: %s", request_id(), error)
             return engine_failed()
-    _log.error("an error that nobody foresaw", exc_info=error)
+    _log.error("request_id=%s an error that nobody foresaw", request_id(), exc_info=error)
     return engine_failed()
 
 

@@ -1,0 +1,292 @@
+"""`GET /openapi.json`, made from the schemas that requests are read with and replies are typed by.
+
+Owns the description of each operation. `app` serves what is described here and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, TypedDict
+
+from pydantic import TypeAdapter
+
+from refimpl.server.contract import CompletionRequest
+from refimpl.server.models import Model, ModelList
+from refimpl.server.probes import Status, Version
+from refimpl.server.reply import Reply
+from refimpl.server.schema import Fields
+from refimpl.server.settings import ServerSettings
+from refimpl.server.tokens import (
+    DetokenizeRequest,
+    Text,
+    TokenizeRequest,
+    TokenizerInfo,
+    Tokens,
+)
+
+JSON = "application/json"
+_REFERENCE = "#/components/schemas/{model}"
+
+
+class ErrorFields(TypedDict):
+    """What went wrong.
+
+    Attributes:
+        message: for a person.
+        type: the kind of error.
+        param: the field at fault, or null.
+        code: for a program, or null.
+    """
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(TypedDict):
+    """The body of every reply that is not a success."""
+
+    error: ErrorFields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One thing that the server does.
+
+    Attributes:
+        name: unique, and the name of what does it.
+        method: of HTTP.
+        path: with parameters as `{name}`.
+        summary: one sentence.
+        body: schema of the request, or None.
+        reply: type of the reply; a media type if it is no JSON.
+        errors: what may go wrong, besides what may go wrong everywhere.
+    """
+
+    name: str
+    method: Literal["GET", "POST"]
+    path: str
+    summary: str
+    reply: Any
+    body: type[Fields] | None = None
+    errors: tuple[int, ...] = ()
+
+
+# Everywhere: no key, a wrong method (of another path's operation), too much at once, our own fault.
+_EVERYWHERE = (401, 405, 500)
+_OF_BODIES = (400, 408, 413)
+_REASONS = {
+    400: "The request is wrong; `param` names the field.",
+    401: "There is no API key, or a wrong one.",
+    404: "There is no model of this name.",
+    405: "The path takes another method.",
+    408: "The body arrived too slowly.",
+    413: "The body is too large.",
+    429: "The key's limit is reached; `Retry-After` says when to come again.",
+    500: "The server had an error.",
+    503: "The server is full, loading, ending, or has failed.",
+    504: "The request did not end in time.",
+}
+
+OPERATIONS = (
+    Operation(
+        name="complete",
+        method="POST",
+        path="/v1/completions",
+        summary="Go on from prompts.",
+        body=CompletionRequest,
+        reply=Reply,
+        errors=(404, 429, 503, 504),
+    ),
+    Operation(
+        name="list_models",
+        method="GET",
+        path="/v1/models",
+        summary="List the names of the model.",
+        reply=ModelList,
+    ),
+    Operation(
+        name="describe_model",
+        method="GET",
+        path="/v1/models/{model}",
+        summary="Say what a model can do. The name may have slashes in it.",
+        reply=Model,
+        errors=(404, 503),
+    ),
+    Operation(
+        name="tokenize",
+        method="POST",
+        path="/tokenize",
+        summary="Give the ids of a text.",
+        body=TokenizeRequest,
+        reply=Tokens,
+        errors=(404, 503),
+    ),
+    Operation(
+        name="detokenize",
+        method="POST",
+        path="/detokenize",
+        summary="Give the text of ids.",
+        body=DetokenizeRequest,
+        reply=Text,
+        errors=(404, 503),
+    ),
+    Operation(
+        name="tokenizer_info",
+        method="GET",
+        path="/tokenizer_info",
+        summary="Describe the tokenizer.",
+        reply=TokenizerInfo,
+        errors=(503,),
+    ),
+    Operation(
+        name="health",
+        method="GET",
+        path="/health",
+        summary="Whether the process is well. Needs no key.",
+        reply=Status,
+        errors=(503,),
+    ),
+    Operation(
+        name="ready",
+        method="GET",
+        path="/ready",
+        summary="Whether completions are taken. Needs no key.",
+        reply=Status,
+        errors=(503,),
+    ),
+    Operation(
+        name="program_version",
+        method="GET",
+        path="/version",
+        summary="The version of the server.",
+        reply=Version,
+    ),
+    Operation(
+        name="metrics",
+        method="GET",
+        path="/metrics",
+        summary="Figures for Prometheus.",
+        reply="text/plain",
+    ),
+    Operation(
+        name="openapi",
+        method="GET",
+        path="/openapi.json",
+        summary="This description.",
+        reply=dict[str, Any],
+    ),
+    Operation(
+        name="docs",
+        method="GET",
+        path="/docs",
+        summary="This description as a page to read.",
+        reply="text/html",
+    ),
+)
+
+
+def document(settings: ServerSettings) -> dict[str, Any]:
+    """The whole description; what the settings cap is in it."""
+    schemas: dict[str, Any] = {"Error": _schema(Error, {})}
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        described = _operation(operation, schemas)
+        paths.setdefault(operation.path, {})[operation.method.lower()] = described
+    _cap(schemas[CompletionRequest.__name__]["properties"], settings)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "refimpl",
+            "version": version("refimpl"),
+            "description": "OpenAI's legacy completions over Google's Gemma models.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": dict(sorted(schemas.items())),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        # Without keys nobody needs one.
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "responses": _responses(operation, schemas),
+    }
+    if "{" in operation.path:
+        name = operation.path.split("{")[1].split("}")[0]
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    if operation.body is not None:
+        schema = _schema(operation.body, schemas)
+        described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+    return described
+
+
+def _responses(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(operation.reply, str):
+        content: dict[str, Any] = {operation.reply: {"schema": {"type": "string"}}}
+    else:
+        content = {JSON: {"schema": _schema(operation.reply, schemas)}}
+    if operation.name == "complete":
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    bodies = _OF_BODIES if operation.body is not None else ()
+    refused = {"schema": {"$ref": _REFERENCE.format(model="Error")}}
+    return {
+        "200": {"description": "Success.", "content": content},
+        **{
+            str(status): {"description": _REASONS[status], "content": {JSON: refused}}
+            for status in sorted({*_EVERYWHERE, *bodies, *operation.errors})
+        },
+    }
+
+
+def _schema(of: Any, schemas: dict[str, Any]) -> dict[str, Any]:
+    """A reference to the schema of a type, which is put among the others with all it refers to."""
+    schema = TypeAdapter(of).json_schema(ref_template=_REFERENCE, mode="validation")
+    for name, definition in schema.pop("$defs", {}).items():
+        schemas[name] = _nullable(definition)
+    if "title" not in schema:
+        return schema
+    schemas[schema["title"]] = _nullable(schema)
+    return {"$ref": _REFERENCE.format(model=schema["title"])}
+
+
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of requests as it is read: null for what may be left out is left out."""
+    if schema.get("additionalProperties") is not False:
+        return schema
+    required = schema.get("required", [])
+    properties = {
+        name: each if name in required else _or_null(each)
+        for name, each in schema["properties"].items()
+    }
+    return {**schema, "properties": properties}
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    about = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    value = {key: each for key, each in schema.items() if key not in about}
+    forms: Sequence[Any] = value.get("anyOf", [value])
+    null = {"type": "null"}
+    return {**about, "anyOf": [*(form for form in forms if form != null), null]}
+
+
+def _cap(properties: dict[str, Any], settings: ServerSettings) -> None:
+    """Write into the schema what `contract` holds requests to besides."""
+    for name, key, most in (
+        ("logprobs", "maximum", settings.max_logprobs),
+        ("prompt_logprobs", "maximum", settings.max_logprobs),
+        ("user", "maxLength", settings.max_user_length),
+        ("logit_bias", "maxProperties", settings.max_logit_bias),
+    ):
+        properties[name]["anyOf"][0][key] = most
+    text, texts, _ = properties["stop"]["anyOf"]
+    text["maxLength"] = texts["items"]["maxLength"] = settings.max_stop_length
+    texts["maxItems"] = settings.max_stop
