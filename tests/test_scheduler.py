@@ -49,6 +49,12 @@ class Driver:
     def cancel(self, name: str, choice: int = 0) -> int | None:
         return self.scheduler.cancel(string.ascii_lowercase.index(name), choice)
 
+    def pause(self, name: str) -> None:
+        self.scheduler.pause(string.ascii_lowercase.index(name))
+
+    def resume(self, name: str) -> None:
+        self.scheduler.resume(string.ascii_lowercase.index(name))
+
     def run(self, count: int) -> list[str]:
         """The next actions, spelt."""
         return [self._next() for _ in range(count)]
@@ -364,6 +370,103 @@ def test_cancel_of_what_nobody_knows() -> None:
     assert driver.run(1) == ["admit a 0>0"]
 
 
+def test_what_is_paused_sits_out_and_keeps_its_slots() -> None:
+    driver = Driver(slots=4, max_steps=8)
+    driver.submit("a", choices=2)
+    driver.submit("b")
+    assert driver.run(5)[-1] == "decode 0,1,2 x8"
+    driver.pause("a")
+    assert driver.run(2) == ["decode 2 x8", "decode 2 x8"]
+    assert (driver.scheduler.num_free, driver.scheduler.num_paused) == (1, 1)
+    driver.resume("a")
+    assert driver.run(1) == ["decode 2,0,1 x8"]
+    assert driver.scheduler.num_paused == 0
+
+
+def test_when_all_is_paused_there_is_nothing_to_do() -> None:
+    driver = Driver(slots=1)
+    driver.submit("a")
+    driver.run(3)
+    driver.pause("a")
+    assert driver.scheduler.is_idle
+    assert driver.run(2) == ["nothing", "nothing"]
+    driver.resume("a")
+    assert not driver.scheduler.is_idle
+    assert driver.run(1) == ["decode 0 x1"]
+
+
+def test_what_waits_for_the_slot_of_a_paused_request_gives_nothing_to_do() -> None:
+    driver = Driver(slots=1)
+    driver.submit("a")
+    driver.submit("b")
+    driver.run(3)
+    driver.pause("a")
+    assert driver.scheduler.is_idle
+    assert driver.run(1) == ["nothing"]
+    assert driver.cancel("a") == 0
+    assert not driver.scheduler.is_idle
+    assert driver.run(3)[-1] == "decode 0 x1"
+
+
+def test_choices_of_a_paused_request_do_not_wait_in_front_of_others() -> None:
+    driver = Driver(slots=2, max_steps=8)
+    driver.submit("a", choices=4)
+    driver.submit("b")
+    driver.submit("c")
+    assert driver.run(3)[-1] == "decode 0,1 x1"
+    driver.pause("a")
+    assert driver.scheduler.num_waiting == 2
+    # Of a step's slots some may end after the request was paused.
+    driver.scheduler.finish(0)
+    assert driver.run(3) == ["admit b 0>0", "activate b @0 0>0", "decode 0 x1"]
+    driver.scheduler.finish(1)
+    driver.resume("a")
+    # It came before c.
+    assert driver.run(3) == ["admit a 2>1", "activate a @1 2>1", "decode 0,1 x1"]
+    driver.scheduler.finish(0)
+    assert driver.run(1) == ["admit a 3>0"]
+
+
+def test_a_prompt_is_prefilled_while_its_request_is_paused() -> None:
+    driver = Driver(slots=2)
+    driver.submit("a", length=5, choices=3)
+    driver.submit("b", length=3)
+    driver.run(3)
+    driver.pause("a")
+    assert driver.run(2) == ["activate a @0 0>0 1>1", "nothing"]
+    assert driver.cancel("a", 1) == 1
+    assert driver.run(4) == [
+        "admit b 0>1", "prefill b @1 0+3", "activate b @1 0>1", "decode 1 x1",
+    ]  # fmt: skip
+    driver.resume("a")
+    assert driver.run(1) == ["decode 1,0 x1"]
+
+
+def test_cancel_while_it_is_paused() -> None:
+    driver = Driver(slots=2)
+    driver.submit("a", choices=4)
+    driver.run(3)
+    driver.pause("a")
+    assert [driver.cancel("a", choice) for choice in (2, 0, 3, 1)] == [None, 0, None, 1]
+    assert driver.scheduler.num_free == 2
+    driver.resume("a")
+    assert (driver.scheduler.num_paused, driver.scheduler.num_waiting) == (0, 0)
+    assert driver.run(1) == ["nothing"]
+
+
+def test_to_pause_or_resume_twice_is_to_do_it_once() -> None:
+    driver = Driver(slots=1)
+    driver.submit("a", choices=2)
+    driver.run(3)
+    for _ in range(2):
+        driver.pause("a")
+    assert (driver.scheduler.num_paused, driver.scheduler.num_waiting) == (1, 0)
+    for _ in range(2):
+        driver.resume("a")
+    assert (driver.scheduler.num_paused, driver.scheduler.num_waiting) == (0, 1)
+    assert driver.run(1) == ["decode 0 x1"]
+
+
 def _work_of_a_day(num_queued: int) -> list[int]:
     """The work of each decision while so many wait: decode, admit, prefill, cancel, submit."""
     scheduler = Scheduler(slots=2, cut=cut, max_width=2)
@@ -425,10 +528,15 @@ class Known:
     filled: int = 0
     decoding: dict[int, int] = field(default_factory=dict[int, int])
     was_prefilled: bool = False
+    is_paused: bool = False
+
+    @property
+    def queues(self) -> bool:
+        return bool(self.waiting) and not self.is_paused
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Any course of submissions, ends and cancellations, against a model of who holds what."""
+    """Any course of submissions, pauses and ends, against a model of who holds what."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -437,7 +545,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.known = dict[int, Known]()
         self.held = dict[int, int]()
         self.key = 0
-        self.last_admitted = -1
+        self.queue = list[int]()
         self.chunks_since_decode = 0
         self.waits = dict[int, int]()
 
@@ -445,12 +553,28 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(self, length: int, choices: int) -> None:
         self.scheduler.submit(self.key, prompt_length=length, choices=range(choices))
         self.known[self.key] = Known(self.key, length, list(range(choices)))
+        self.queue.append(self.key)
         self.key += 1
 
     @rule(times=st.integers(1, 6))
     def run(self, times: int) -> None:
         for _ in range(times):
             self._step()
+
+    @precondition(lambda self: any(one.decoding for one in self.known.values()))
+    @rule(data=st.data())
+    def pause(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from([k for k in self.known.values() if k.decoding]))
+        self.scheduler.pause(one.number)
+        one.is_paused = True
+        self._unqueue(one)
+        for slot in one.decoding:
+            self.waits.pop(slot, None)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        self._resume(self.known[data.draw(st.sampled_from(sorted(self.known)))])
 
     @precondition(lambda self: any(one.decoding for one in self.known.values()))
     @rule(data=st.data())
@@ -478,10 +602,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def every_slot_is_in_one_place(self) -> None:
         assert self.scheduler.num_free == self.slots - len(self.held)
-        assert self.scheduler.is_idle == (not self.known)
-        assert self.scheduler.num_waiting == sum(bool(k.waiting) for k in self.known.values())
+        assert self.scheduler.is_idle == self._is_idle()
+        assert self.scheduler.num_waiting == len(self.queue)
+        assert self.queue == [k for k in self.queue if self.known[k].queues]
+        assert self.scheduler.num_paused == sum(k.is_paused for k in self.known.values())
 
     def teardown(self) -> None:
+        for one in self.known.values():
+            self._resume(one)
         for _ in range(10_000):
             if self.scheduler.is_idle:
                 break
@@ -496,10 +624,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.next() is None
         assert _held(self.scheduler) == self.slots
 
+    def _is_idle(self) -> bool:
+        has_room = len(self.held) < self.slots
+        return not (self.queue and has_room) and not any(
+            one.prefilling or (one.decoding and not one.is_paused) for one in self.known.values()
+        )
+
+    def _unqueue(self, one: Known) -> None:
+        if one.number in self.queue:
+            self.queue.remove(one.number)
+
+    def _resume(self, one: Known) -> None:
+        self.scheduler.resume(one.number)
+        if one.is_paused:
+            one.is_paused = False
+            if one.waiting:
+                self.queue.insert(0, one.number)
+            self.waits |= dict.fromkeys(one.decoding, 0)
+
     def _cancel(self, one: Known, choice: int) -> None:
         freed = self.scheduler.cancel(one.number, choice)
         if choice in one.waiting:
             one.waiting.remove(choice)
+            if not one.waiting:
+                self._unqueue(one)
             assert freed is None
         elif choice in one.prefilling:
             slot = one.prefilling.pop(choice)
@@ -521,7 +669,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         match action:
             case None:
                 # Nothing to do although somebody waits would be the end of them.
-                assert not self.known
+                assert self._is_idle()
             case Admit():
                 self._admitted(action)
             case Prefill():
@@ -534,13 +682,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _admitted(self, action: Admit) -> None:
         one = self.known[action.key]
-        assert one.number >= self.last_admitted, "first come, first served"
-        self.last_admitted = one.number
+        assert one.number == self.queue[0], "first come, first served"
         assert one.source is None, "one prefill of a request at a time"
         assert [choice for choice, _ in action.choices] == one.waiting[: len(action.choices)]
         free = self.slots - len(self.held)
         assert len(action.choices) == min(free, len(one.waiting))
         one.waiting = one.waiting[len(action.choices) :]
+        if not one.waiting:
+            self._unqueue(one)
         for choice, slot in action.choices:
             assert slot not in self.held
             assert 0 <= slot < self.slots
@@ -557,7 +706,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert action.chunk.start == one.filled
         one.filled += action.chunk.count
         self.chunks_since_decode += 1
-        if any(k.decoding for k in self.known.values()):
+        if any(k.decoding and not k.is_paused for k in self.known.values()):
             assert self.chunks_since_decode <= 1, "one chunk between two calls of decode"
 
     def _activated(self, action: Activate) -> None:
@@ -569,16 +718,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.held[action.source]
         for choice, slot in action.choices:
             one.decoding[slot] = choice
-            self.waits[slot] = 0
+            if not one.is_paused:
+                self.waits[slot] = 0
         one.prefilling, one.source, one.was_prefilled = {}, None, True
         # Others may have been prefilled before anybody decoded.
         self.chunks_since_decode = 0
 
     def _decoded(self, action: Decode) -> None:
-        decoding = {slot for one in self.known.values() for slot in one.decoding}
+        decoding = {
+            slot for one in self.known.values() if not one.is_paused for slot in one.decoding
+        }
         assert len(set(action.slots)) == len(action.slots) == min(len(decoding), self.width)
         assert set(action.slots) <= decoding
-        busy = any(one.waiting or one.prefilling for one in self.known.values())
+        busy = any(one.queues or one.prefilling for one in self.known.values())
         assert action.steps == (1 if busy else 4)
         self.chunks_since_decode = 0
         for slot in decoding:
@@ -588,11 +740,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _free_decoding(self, slot: int) -> None:
         one = next(one for one in self.known.values() if slot in one.decoding)
-        del one.decoding[slot], self.held[slot], self.waits[slot]
+        del one.decoding[slot], self.held[slot]
+        self.waits.pop(slot, None)
         self._forget_if_ended(one)
 
     def _forget_if_ended(self, one: Known) -> None:
         if not (one.waiting or one.prefilling or one.decoding):
+            # As the worker does when a request has ended.
+            self.scheduler.resume(one.number)
             self.known.pop(one.number, None)
 
 

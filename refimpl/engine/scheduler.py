@@ -125,8 +125,8 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do, as things are."""
-        return not (self._queue or self._prefilling or self._decoding)
+        """Whether there is nothing to do, as things are. Some may wait for what is paused."""
+        return not (self._prefilling or self._decoding or (self._queue and self._free))
 
     def submit(self, key: int, *, prompt_length: int, choices: Sequence[int]) -> None:
         """Put a request at the end of the queue.
