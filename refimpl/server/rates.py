@@ -93,7 +93,7 @@ class Budget:
         """
         if self._most is not None and self._running >= self._most:
             raise self._refusal(
-                f"{self._most} requests of this key are running, which is the most at a time", 1
+                f"{self._most} requests of this key are running, which is the most at a time", 1.0
             )
         requests = self._buckets.get("requests")
         if requests is not None:
@@ -127,15 +127,17 @@ class Budget:
         bucket = self._buckets.get("tokens")
         if bucket is None:
             return
-        wait = bucket.seconds_until(tokens) if tokens > 0 else 0
         if tokens > bucket.limit:
-            raise self._refusal(
+            problem = self._refusal(
                 f"the request may come to {tokens} tokens, and this key has {bucket.limit} a "
                 "minute: lower max_tokens, or send fewer prompts at a time",
-                wait,
-                is_final=True,
+                float(LONGEST_WAIT),
             )
-        if wait > 0:
+            # Clients of OpenAI's would otherwise send it again and again.
+            problem.headers["x-should-retry"] = "false"
+            raise problem
+        wait = bucket.seconds_until(tokens)
+        if tokens > 0 and wait > 0:
             raise self._refusal(
                 f"the request may come to {tokens} tokens, and of this key's {bucket.limit} a "
                 f"minute {bucket.remaining} are left",
@@ -143,19 +145,14 @@ class Budget:
             )
         bucket.take(tokens)
 
-    def _refusal(self, why: str, wait: float, *, is_final: bool = False) -> Problem:
-        seconds = max(1, math.ceil(wait)) if not is_final else LONGEST_WAIT
-        headers = {"Retry-After": str(seconds), **self.headers()}
-        advice = "." if is_final else f". Try again in {seconds} s."
-        if is_final:
-            # Clients of OpenAI's would otherwise send it again and again.
-            headers["x-should-retry"] = "false"
+    def _refusal(self, why: str, wait: float) -> Problem:
+        seconds = max(1, math.ceil(wait))
         return Problem(
             429,
-            f"Rate limit reached: {why}{advice}",
+            f"Rate limit reached: {why}. Try again in {seconds} s.",
             type=RATE_LIMITED,
             code=RATE_LIMITED,
-            headers=headers,
+            headers={"Retry-After": str(seconds), **self.headers()},
         )
 
 
