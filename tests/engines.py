@@ -40,10 +40,21 @@ def _programs(name: str, slots: int, steps: int) -> Programs:
 
 
 def tiny_engine(
-    name: str = "gemma3", *, slots: int = 16, steps: int = 1, prefix_bytes: int = 1 << 24
+    name: str = "gemma3",
+    *,
+    slots: int = 16,
+    steps: int = 1,
+    prefix_bytes: int = 1 << 24,
+    max_unread: int = 64,
 ) -> Engine:
     """An engine of its own over programs that all engines of its size share."""
-    options = EngineOptions(slots=slots, context=CONTEXT, steps=steps, prefix_bytes=prefix_bytes)
+    options = EngineOptions(
+        slots=slots,
+        context=CONTEXT,
+        steps=steps,
+        prefix_bytes=prefix_bytes,
+        max_unread=max_unread,
+    )
     engine = Engine(tiny_gemma(name), options)
     engine._programs = tiny_programs(name, slots=slots, steps=steps)
     return engine
