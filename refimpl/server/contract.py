@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from refimpl.server.errors import Problem, refusal
 from refimpl.server.extensions import Extensions, refuse_not_carried
-from refimpl.server.schema import Fields, Integer, Number, TokenIds, brief
+from refimpl.server.schema import Fields, Integer, Number, TokenIds, brief, parse
 from refimpl.server.settings import ServerSettings
 
 PromptForm = (
@@ -144,7 +144,7 @@ def parse_request(data: object, settings: ServerSettings) -> tuple[CompletionReq
             data = {name: value for name, value in data.items() if name not in ignored}
         elif ignored:
             raise _unrecognized(ignored)
-    request = CompletionRequest.parse(data)
+    request = parse(CompletionRequest, data)
     _check_together(request)
     _check_caps(request, settings)
     return request, ignored

@@ -6,7 +6,7 @@ endpoint, and never more than a little of the value.
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,19 +52,19 @@ class Fields(BaseModel):
             name: value for name, value in data.items() if value is not None or name not in known
         }
 
-    @classmethod
-    def parse(cls, data: object) -> Self:
-        """Read an object.
 
-        Raises:
-            Problem: 400, naming the first field that is at fault.
-        """
-        if not isinstance(data, dict):
-            raise refusal(f"the body must be a JSON object, got {brief(data)}", None)
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise _problem(error, data) from None
+def parse[T: Fields](schema: type[T], data: object) -> T:
+    """Read an object.
+
+    Raises:
+        Problem: 400, naming the first field that is at fault.
+    """
+    if not isinstance(data, dict):
+        raise refusal(f"the body must be a JSON object, got {brief(data)}", None)
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise _problem(error, data) from None
 
 
 def brief(value: object) -> str:

@@ -8,7 +8,7 @@ from pydantic import Field
 from refimpl.errors import TokenizerError
 from refimpl.server.errors import model_not_found, refusal
 from refimpl.server.lifecycle import Service
-from refimpl.server.schema import Fields, TokenId
+from refimpl.server.schema import Fields, TokenId, parse
 
 
 class TokenizeRequest(Fields):
@@ -83,7 +83,7 @@ async def tokenize(service: Service, body: object) -> Tokens:
     Raises:
         Problem: 400, 404, 503.
     """
-    asked = TokenizeRequest.parse(body)
+    asked = parse(TokenizeRequest, body)
     _check_name(service, asked.model)
     engine = service.engine
     tokenizer = engine.gemma.tokenizer
@@ -106,7 +106,7 @@ def detokenize(service: Service, body: object) -> Text:
     Raises:
         Problem: 400, 404, 503.
     """
-    asked = DetokenizeRequest.parse(body)
+    asked = parse(DetokenizeRequest, body)
     _check_name(service, asked.model)
     try:
         return Text(prompt=service.engine.gemma.tokenizer.decode(asked.tokens))

@@ -1,0 +1,119 @@
+"""A server over a tiny engine, and a client for it that needs no event loop of the test's."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from quart import Quart
+from werkzeug.datastructures import Headers
+
+from refimpl.engine.engine import Engine
+from refimpl.server.app import create_app
+from refimpl.server.lifecycle import Loaded, Service
+from refimpl.server.settings import ServerSettings
+from tests.engines import tiny_engine
+
+MODEL = "google/tiny"
+NAMES = (MODEL, "tiny:1b")
+FINGERPRINT = "fp_0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Got:
+    """A reply."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body's value."""
+        return json.loads(self.body)
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """Of a completion; fails with the error if it is none."""
+        assert self.status == 200, self.body
+        return self.json["choices"]
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object, which has these four keys and nothing beside it."""
+        assert list(self.json) == ["error"]
+        error = self.json["error"]
+        assert list(error) == ["message", "type", "param", "code"]
+        return error
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The chunks of a stream, which must end as streams do."""
+        assert self.status == 200, self.body
+        frames = self.body.decode("ascii").split("\n\n")
+        assert frames[-2:] == ["data: [DONE]", ""]
+        assert all(frame.startswith("data: ") for frame in frames[:-1])
+        return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
+
+
+class Client:
+    """Sends requests to an app, each in an event loop of its own."""
+
+    def __init__(self, app: Quart, service: Service) -> None:
+        self.app, self.service = app, service
+
+    def complete(self, **body: Any) -> Got:
+        """A completion by the tiny model, greedy unless the body says otherwise."""
+        return self.post("/v1/completions", {"model": MODEL, "temperature": 0, **body})
+
+    def post(self, path: str, body: Any, *, headers: dict[str, str] | None = None) -> Got:
+        """A value as JSON."""
+        data = json.dumps(body).encode()
+        return self.send(
+            "POST", path, data, {"Content-Type": "application/json", **(headers or {})}
+        )
+
+    def get(self, path: str, *, headers: dict[str, str] | None = None) -> Got:
+        """No body."""
+        return self.send("GET", path, b"", headers or {})
+
+    def send(self, method: str, path: str, data: bytes, headers: dict[str, str]) -> Got:
+        """Any request."""
+
+        async def sent() -> Got:
+            client = self.app.test_client()
+            response = await client.open(path, method=method, data=data, headers=headers)
+            body = await response.get_data(as_text=False)
+            return Got(response.status_code, response.headers, body)
+
+        return asyncio.run(asyncio.wait_for(sent(), 60))
+
+
+def service_of(engine: Engine, *, fingerprint: str = FINGERPRINT, **settings: Any) -> Service:
+    """A service that is ready, over an engine that runs."""
+    loaded = Loaded(engine=engine, fingerprint=fingerprint, block=128, num_compilations=lambda: 0)
+    return started(ServerSettings(**settings), load=lambda progress: loaded)
+
+
+def started(settings: ServerSettings, *, load: Callable[[Any], Loaded]) -> Service:
+    """A service that has loaded, or has failed to."""
+    service = Service(settings, names=NAMES, load=load)
+    service.begin()
+    service._thread.join(10)
+    assert not service.is_loading
+    return service
+
+
+def client_of(engine: Engine, **settings: Any) -> Client:
+    """A client of a server over an engine that runs."""
+    service = service_of(engine, **settings)
+    return Client(create_app(service), service)
+
+
+@contextmanager
+def tiny_client(name: str = "gemma3", **settings: Any) -> Iterator[Client]:
+    """A client of a server over an engine of its own."""
+    with tiny_engine(name) as engine:
+        yield client_of(engine, **settings)
