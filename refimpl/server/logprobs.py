@@ -165,8 +165,10 @@ class Places:
 
 def _goes_on(pending: bytes, byte: bytes) -> bool:
     """Whether a byte continues the character that the pending ones begin."""
+    data = pending + byte
     try:
-        codecs.getincrementaldecoder("utf-8")("strict").decode(pending + byte)
-    except UnicodeDecodeError:
-        return False
+        data.decode()
+    except UnicodeDecodeError as error:
+        # What begins a character and breaks off is one error, from the first byte to the last.
+        return (error.start, error.end) == (0, len(data))
     return True

@@ -1,9 +1,10 @@
 """What the server asks of a tokenizer, as the room of models is not the server's to enter."""
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back."""
 
