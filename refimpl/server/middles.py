@@ -6,12 +6,13 @@ Owns where a text may be cut and which ids stand for a piece of it. It knows no 
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from refimpl.engine.events import Choice
 from refimpl.engine.request import SamplingParams
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is needed of a model's tokenizer."""
 
