@@ -42,7 +42,7 @@ State = Literal["loading", "ready", "draining", "failed"]
 Progress = Callable[[str, int, int], None]
 
 # Nobody can tell how long loading takes; a client that asks as often does no harm.
-_LOADING_WAIT = 5
+_LOADING_WAIT = 5.0
 
 _log = logging.getLogger(__name__)
 

@@ -176,7 +176,7 @@ class Metrics:
         # One without labels of its own is there from the start, at 0.
         return counter if labels else counter.labels(self._model_name)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: tuple[int | float, ...]) -> Histogram:
         histogram = Histogram(name, text, (LABEL,), registry=self._registry, buckets=buckets)
         return histogram.labels(self._model_name)
 
@@ -216,7 +216,7 @@ class _EngineCollector(Collector):
         for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in table.items():
                 family = kind(name, text, labels=(LABEL,))
-                family.add_metric((self._model_name,), value)
+                family.add_metric((self._model_name,), float(value))
                 yield family
 
     def describe(self) -> Iterator[Metric]:
