@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 from refimpl_kernels.compiling import row_stable_options
-from refimpl_kernels.linear import Matrix, QuantizedMatrix
+from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 
 UNIT = 2.0**-24
 BFLOAT16_UNIT = 2.0**-8

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from refimpl_kernels.linear import QuantizedMatrix, dequantize
+from refimpl_kernels.matrix import QuantizedMatrix, dequantize
 from refimpl_weights import synthetic_gguf
 
 from refimpl.model.checkpoint import load_model, open_checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from refimpl_kernels.linear import QuantizedMatrix
+from refimpl_kernels.matrix import QuantizedMatrix
 from refimpl_weights import embedded
 
 from refimpl.engine.engine import Engine, EngineOptions

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax import Array
 from refimpl_kernels import linear as linear_module
-from refimpl_kernels.linear import LinearImplementation, Matrix, QuantizedMatrix, linear
+from refimpl_kernels.linear import LinearImplementation, linear
+from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 
 from tests.kernel_cases import STORED_AS, assert_same_bits, matrix, normal
 

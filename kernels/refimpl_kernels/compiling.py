@@ -1,4 +1,4 @@
-"""What to tell the compiler, so that a row's bits do not depend on the rows beside it."""
+"""What to tell the compiler: so that rows keep their bits, and that vectors may be wide."""
 
 
 def row_stable_options(platform: str) -> dict[str, str]:
@@ -18,3 +18,13 @@ def row_stable_options(platform: str) -> dict[str, str]:
     if platform != "cpu":
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
+
+
+def wide_vector_options(platform: str) -> dict[str, str]:
+    """Compiler options for `jax.jit` that let a CPU use the widest vectors it has.
+
+    XLA keeps to 256 bits where a processor has 512, for fear of lower clock rates. Products with
+    many rows took a fifth to a third less time with 512 (Xeon with AVX-512, 2.8 GHz), and no bit
+    changed: the width decides how many elements are computed together, not in which order one is.
+    """
+    return {"xla_cpu_prefer_vector_width": "512"} if platform == "cpu" else {}

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from refimpl_kernels.compiling import row_stable_options
+from refimpl_kernels.compiling import row_stable_options, wide_vector_options
 
 from refimpl.engine import slots as on_slots
 from refimpl.engine.packing import ADMISSION_FLOATS, ADMISSION_INTEGERS, MAX_STOP_IDS
@@ -205,8 +205,10 @@ class Programs:
         self, program: Callable[..., Any], *, is_donated: bool = True
     ) -> Callable[..., Any]:
         # The state is donated: it comes back as the result, and its memory is written in place.
+        platform = jax.default_backend()
         options = {
-            **row_stable_options(jax.default_backend()),
+            **row_stable_options(platform),
+            **wide_vector_options(platform),
             **self.gemma.numerics.compiler_options,
         }
         donated = 1 if is_donated else ()

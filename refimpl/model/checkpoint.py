@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from refimpl_kernels.linear import QuantizedMatrix
+from refimpl_kernels.matrix import QuantizedMatrix
 from refimpl_weights.errors import WeightsError
 from refimpl_weights.gguf import GGUFFile
 from refimpl_weights.quantized import QuantizedArray

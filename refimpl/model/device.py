@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from refimpl_kernels.linear import QuantizedMatrix
+from refimpl_kernels.matrix import QuantizedMatrix
 from refimpl_weights.quantized import QuantizedArray
 
 from refimpl.model.join import join_outputs

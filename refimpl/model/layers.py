@@ -8,7 +8,8 @@ from jax import Array
 from jaxtyping import Float, Int
 from refimpl_kernels.attention import soft_cap
 from refimpl_kernels.gelu import gelu
-from refimpl_kernels.linear import LinearImplementation, linear, take_columns
+from refimpl_kernels.linear import LinearImplementation, linear
+from refimpl_kernels.matrix import take_columns
 from refimpl_kernels.norm import rms_norm
 
 from refimpl.model.config import GemmaConfig

@@ -1,0 +1,119 @@
+"""A product with a weight matrix in which no row's bits depend on the rows beside it.
+
+Each output element is one chain over the inputs, from the first to the last:
+
+    sum = 0;  sum = round(sum + x[i] * weight[i, o])  for each i,
+
+a fused multiply-add in float32, of the weight as `dequantize` gives it. Stored weights are read
+once and widened a few inputs at a time, never as a whole.
+
+Two properties of XLA's CPU backend (jaxlib 0.12) give the code its form. It does not compute
+several outputs of a kernel from one reading of the weights, except that the two parts of a complex
+number are computed together: so two rows ride in one complex number. And it makes one kernel for
+one thread of a whole loop, unless the loop holds an operation that it has no kernel for, such as a
+sort: so a loop of large steps holds one, and each of its steps runs on all threads.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Float32, Int
+
+from refimpl_kernels.matrix import Matrix, QuantizedMatrix
+
+# Inputs per loop step. The factors of so many inputs, for two rows, fit the vector registers of a
+# CPU; 64 are 5 to 10 times slower. Eight serve what is no multiple of sixteen.
+STEPS = (16, 8)
+
+# Fewest outputs that the chain takes as they are. LLVM rounds a product and its sum once, with a
+# fused multiply-add, except where a few outputs make it vectorise across rows: then it rounds
+# twice, for some numbers of rows and not for others. Seen up to 8 outputs; 16 fill any vector.
+LEAST_OUTPUTS = 16
+
+# Sums from which on a step is large enough to be worth the start of a kernel on every thread.
+MANY_SUMS = 1 << 17
+
+
+def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
+    """rows @ matrix, each element as one multiply-add chain.
+
+    Raises:
+        NotImplementedError: a number of inputs, or a block, that is not a multiple of 8.
+    """
+    inputs, outputs = matrix.shape
+    block = matrix.block if isinstance(matrix, QuantizedMatrix) else inputs
+    step = next((step for step in STEPS if inputs % step == 0 and block % step == 0), None)
+    if step is None:
+        raise NotImplementedError(
+            f"'chain' takes {STEPS[-1]} inputs at a step, got {inputs} inputs in blocks of "
+            f"{block}; use 'dot'"
+        )
+    if outputs < LEAST_OUTPUTS:
+        missing = ((0, 0), (0, LEAST_OUTPUTS - outputs))
+        padded = jax.tree.map(lambda leaf: jnp.pad(leaf, missing), matrix)
+        return chain(rows, padded)[:, :outputs]
+    wide = _paired(rows.astype(jnp.float32))
+    is_large = rows.shape[0] * outputs >= MANY_SUMS
+
+    def add(index: Array, packed: Array) -> Array:
+        begin = step * (_through_a_sort(index) if is_large else index)
+        return _packed(_step(_unpacked(packed), wide, matrix, begin=begin, count=step))
+
+    start = _packed([jnp.zeros((len(part), outputs)) for part in wide])
+    sums = _unpacked(lax.fori_loop(0, inputs // step, add, start))
+    return jnp.stack(sums, axis=1).reshape(-1, outputs)[: len(rows)]
+
+
+def _step(
+    sums: list[Float32[Array, "p o"]],
+    wide: list[Float32[Array, "p i"]],
+    matrix: Matrix,
+    *,
+    begin: Int[Array, ""],
+    count: int,
+) -> list[Float32[Array, "p o"]]:
+    """Add the products of a few inputs, one after the other, to every sum."""
+    some = [_slice(part, begin, count, axis=1) for part in wide]
+    at = lax.div(begin, jnp.int32(matrix.block)) if isinstance(matrix, QuantizedMatrix) else None
+    for e in range(count):
+        # Row by row: a slice of several would be widened into memory first.
+        weight = _row(matrix, begin + e, at)
+        sums = [total + x[:, e, None] * weight for total, x in zip(sums, some, strict=True)]
+    return sums
+
+
+def _row(matrix: Matrix, index: Int[Array, ""], at: Int[Array, ""] | None) -> Float32[Array, "1 o"]:
+    """The weights of an input, which is in the block `at`."""
+    if not isinstance(matrix, QuantizedMatrix):
+        return _slice(matrix, index, 1).astype(jnp.float32)
+    values = _slice(matrix.values, index, 1).astype(jnp.float32)
+    row = values * _slice(matrix.scales, at, 1)
+    if matrix.minimums is not None:
+        row = row - _slice(matrix.minimums, at, 1)
+    return row
+
+
+def _paired(rows: Float32[Array, "r i"]) -> list[Float32[Array, "p i"]]:
+    """Even rows and odd rows, with a row of zeros where one is missing; or the only row."""
+    if len(rows) == 1:
+        return [rows]
+    rows = jnp.pad(rows, ((0, len(rows) % 2), (0, 0)))
+    return [rows[0::2], rows[1::2]]
+
+
+def _packed(parts: list[Float32[Array, "p o"]]) -> Array:
+    return parts[0] if len(parts) == 1 else lax.complex(*parts)
+
+
+def _unpacked(packed: Array) -> list[Float32[Array, "p o"]]:
+    return [lax.real(packed), lax.imag(packed)] if jnp.iscomplexobj(packed) else [packed]
+
+
+def _through_a_sort(index: Int[Array, ""]) -> Int[Array, ""]:
+    return lax.sort(jnp.stack([index, index]))[0]
+
+
+# Without the arithmetic that would let an index count from the end.
+_slice = partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
