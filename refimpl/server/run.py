@@ -43,7 +43,7 @@ class Listener:
     """A socket that clients can reach, and all connections that came of it."""
 
     def __init__(self, settings: ServerSettings, keyring: Keyring) -> None:
-        """Take the address; connections are accepted once a server runs.
+        """Take the address.
 
         Raises:
             InvalidRequestError: the address cannot be had, or must not without keys; the
@@ -73,6 +73,8 @@ class Listener:
                 parameter="port",
             ) from error
         self.socket.setblocking(False)
+        # From now on clients are not refused, though they wait until the server runs.
+        self.socket.listen(_BACKLOG)
 
     @property
     def url(self) -> str:
@@ -176,7 +178,9 @@ class Server:
             raise fault
 
     def _call(self, do: Callable[[], None]) -> None:
-        assert self._loop is not None, "run comes first"
+        if self._loop is None:
+            do()
+            return
         try:
             self._loop.call_soon_threadsafe(do)
         except RuntimeError:
