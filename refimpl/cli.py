@@ -194,6 +194,7 @@ def score(
     epilog="Examples:\n\n"
     "`refimpl bench --quick`\n\n"
     "`refimpl bench --streams 1,8 --prefill 512 --json > here.json`\n\n"
+    "`refimpl bench --server`\n\n"
     "`uv run --with xllamacpp refimpl bench --peer llama.cpp`"
 )
 def bench(
@@ -229,6 +230,12 @@ def bench(
     cold: Annotated[
         bool, typer.Option("--cold", help="Compile everything anew, too, which takes minutes.")
     ] = False,
+    server: Annotated[
+        bool,
+        typer.Option(
+            "--server", help="Measure what serving costs: 8 streams by HTTP beside the engine's."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast this machine runs a model, alone or against a peer.
@@ -236,8 +243,12 @@ def bench(
     Prints medians of alternating runs: times to load, to compile and to the first token, tokens per
     second, memory. What Ctrl-C interrupts is printed as far as it got.
     """
-    from refimpl.bench.command import make_plan, print_benchmark
+    from refimpl.bench.command import make_plan, print_benchmark, print_server_benchmark
 
+    if server and peer is not None:
+        raise InvalidRequestError("--server and --peer are two benchmarks: give one of them")
+    if server and streams is None:
+        streams = "8"
     plan = make_plan(
         model,
         peer=peer,
@@ -249,7 +260,10 @@ def bench(
         is_quick=quick,
         is_cold=cold,
     )
-    print_benchmark(plan, as_json=as_json)
+    if server:
+        print_server_benchmark(plan, as_json=as_json)
+    else:
+        print_benchmark(plan, as_json=as_json)
 
 
 @app.command(epilog="Example:\n\n`refimpl models`")

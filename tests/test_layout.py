@@ -95,7 +95,7 @@ ROOMS = {
     # It measures what others make, so it imports them; only the command line imports it.
     "refimpl.bench": room(
         ours="""refimpl.bench refimpl.engine refimpl.errors refimpl.loading refimpl.model
-        refimpl.progress refimpl_kernels refimpl_weights""",
+        refimpl.progress refimpl.server refimpl_kernels refimpl_weights""",
         theirs="numpy rich",
     ),
     "refimpl.cli": COMMAND_LINE,

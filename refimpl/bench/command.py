@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 
 from refimpl.bench.fresh import run_fresh
 from refimpl.bench.machine import describe_machine, num_cores
@@ -90,12 +91,32 @@ def print_benchmark(
             _print(report, as_json=as_json)
 
 
+def print_server_benchmark(plan: Plan, *, as_json: bool) -> None:
+    """Measure the server against the engine in it, and print a table or one JSON object.
+
+    Raises:
+        RefimplError: the model cannot be had, or the server failed.
+    """
+    # Imported here, because no other benchmark needs a server.
+    from refimpl.bench import server
+
+    results = server.measure(plan)
+    if as_json:
+        print(json.dumps(server.to_json(plan, results), ensure_ascii=False))
+    else:
+        _print_table(server.to_table(plan, results))
+
+
 def _print(report: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(to_json(report), ensure_ascii=False))
     else:
-        width = None if sys.stdout.isatty() else _WIDTH
-        Console(width=width, highlight=False).print(to_table(report))
+        _print_table(to_table(report))
+
+
+def _print_table(table: Table) -> None:
+    width = None if sys.stdout.isatty() else _WIDTH
+    Console(width=width, highlight=False).print(table)
 
 
 def _numbers(option: str, text: str) -> Sequence[int]:

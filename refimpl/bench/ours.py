@@ -48,6 +48,11 @@ class Ours:
         """Of the package."""
         return version("refimpl")
 
+    @property
+    def engine(self) -> Any:
+        """What runs it, once it has been compiled."""
+        return self._engine
+
     def load(self) -> float:
         """See `Subject`; most of the imports are JAX."""
         begin = time.perf_counter()
