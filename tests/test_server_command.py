@@ -16,10 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from refimpl_weights.synthetic import write_checkpoint
+
+from refimpl import __main__ as entry
+from refimpl.serve.fingerprint import fingerprint
+from refimpl.serve.names import names_of
+from refimpl.server.keys import read_keys
+from refimpl.server.sources import FIELDS, flag_of
 
 # Programs are compiled from nothing, on a machine that may have much else to do.
 START_SECONDS = 240
@@ -242,51 +249,116 @@ def test_what_it_cannot_load_is_said_in_one_line(tmp_path: Path) -> None:
 # What it prints instead of serving.
 
 
-def printed(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "refimpl", "serve", *arguments],
-        env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command in this process: (status, standard output, standard error)."""
+
+    def call(*arguments: str, **variables: str) -> tuple[int, str, str]:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["refimpl", "serve", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            entry.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return call
 
 
-def test_settings_are_shown_with_their_origins_and_without_keys(tmp_path: Path) -> None:
+def test_settings_are_shown_with_their_origins_and_without_keys(printed, tmp_path: Path) -> None:
     file = tmp_path / "refimpl.toml"
     file.write_text("max_queue = 7\nslots = 3\n", encoding="utf-8")
-    got = printed(
+    status, out, err = printed(
         "--config", str(file), "--slots", "5", "--no-list-end-of-text", "--show-config",
         REFIMPL_PORT="9000", REFIMPL_API_KEYS=f"{KEY},sk-2", REFIMPL_SLOT="4",
     )  # fmt: skip
-    assert got.returncode == 0
-    lines = got.stdout.splitlines()
+    assert status == 0
+    lines = out.splitlines()
     assert "slots = 5  # --slots" in lines
     assert f"max_queue = 7  # {file}" in lines
     assert "port = 9000  # REFIMPL_PORT" in lines
     assert "list_end_of_text = false  # --list-end-of-text" in lines
     assert 'numerics = "float32"  # default' in lines
     assert "# 2 API keys  # REFIMPL_API_KEYS" in lines
-    assert KEY not in got.stdout + got.stderr
-    assert "REFIMPL_SLOT begins with REFIMPL_ and is no setting" in got.stderr
+    assert KEY not in out + err
+    assert "REFIMPL_API_KEYS" not in os.environ
+    assert "REFIMPL_SLOT begins with REFIMPL_ and is no setting" in err
 
 
-def test_mistakes_end_with_one_line_and_status_2(tmp_path: Path) -> None:
-    got = printed("--host", "0.0.0.0", "--port", "0")
-    assert (got.returncode, got.stdout) == (2, "")
-    assert "--allow-unauthenticated" in got.stderr
-    got = printed("--slots", "none")
-    assert (got.returncode, got.stdout) == (2, "")
-    assert got.stderr.startswith("refimpl: --slots: input should be a valid integer")
-    assert got.stderr.count("\n") == 1
+def test_mistakes_end_with_one_line_and_status_2(printed) -> None:
+    status, out, err = printed("--host", "0.0.0.0", "--port", "0")
+    assert (status, out) == (2, "")
+    assert "--allow-unauthenticated" in err
+    status, out, err = printed("--slots", "none")
+    assert (status, out) == (2, "")
+    assert err.startswith("refimpl: --slots: input should be a valid integer")
+    assert err.count("\n") == 1
+    assert printed("--new-key", "a b")[0] == 2
 
 
-def test_a_new_key_is_an_entry_for_the_file_of_keys(tmp_path: Path) -> None:
-    from refimpl.server.keys import read_keys
-
-    got = printed("--new-key", "alice")
-    assert got.returncode == 0
-    key = got.stderr.split()[-1]
-    assert key not in got.stdout
+def test_a_new_key_is_an_entry_for_the_file_of_keys(printed, tmp_path: Path) -> None:
+    status, out, err = printed("--new-key", "alice")
+    assert status == 0
+    key = err.split()[-1]
+    assert key not in out
     file = tmp_path / "keys.toml"
-    file.write_text(got.stdout, encoding="utf-8")
+    file.write_text(out, encoding="utf-8")
     found = read_keys(file).find(f"Bearer {key}")
     assert found is not None
     assert found.name == "alice"
+
+
+def test_there_is_a_flag_for_every_setting(printed) -> None:
+    status, out, _ = printed("--help", COLUMNS="200")
+    assert status == 0
+    assert [name for name in FIELDS if flag_of(name) not in out] == []
+
+
+# The fingerprint.
+
+
+def test_a_fingerprint_follows_whatever_a_reply_depends_on(tmp_path: Path) -> None:
+    file = tmp_path / "weights.gguf"
+    file.write_bytes(bytes(range(256)) * 1024)
+    weights = {"embed": np.zeros((2, 3), np.float32)}
+
+    def of(path: Path = file, **more: Any) -> str:
+        return fingerprint(path, **{"parameters": weights, "numerics": "float32", **more})
+
+    first = of()
+    assert re.fullmatch(r"fp_[0-9a-f]{12}", first)
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(file.read_bytes())
+    assert of(copy) == first, "a file's name says nothing"
+    seen = {
+        first,
+        of(numerics="hf_bfloat16"),
+        of(parameters={"embed": np.zeros((3, 2), np.float32)}),
+        of(parameters={"other": np.zeros((2, 3), np.float32)}),
+    }
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    copy.write_bytes(changed)
+    seen.add(of(copy))
+    copy.write_bytes(file.read_bytes() + b"x")
+    seen.add(of(copy))
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (None, ("google/gemma-3-270m", "gemma3:270m")),
+        ("gemma3:4b", ("google/gemma-3-4b-it", "gemma3:4b", "gemma3:4b-it")),
+        ("GOOGLE/gemma-3-4b-it", ("google/gemma-3-4b-it", "gemma3:4b", "gemma3:4b-it")),
+        ("somebody/gemma-tuned", ("somebody/gemma-tuned",)),
+        ("there/my-weights.gguf", ("my-weights",)),
+    ],
+)
+def test_names_that_a_model_answers_to(model, names):
+    assert names_of(model) == names
+
+
+def test_a_folder_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert names_of(".") == (tmp_path.name,)
