@@ -186,7 +186,7 @@ class Expense:
 def spell_seconds(seconds: float) -> str:
     """A time as in OpenAI's headers, rounded up.
 
-    >>> spell_seconds(0), spell_seconds(0.2), spell_seconds(59.5), spell_seconds(360)
+    >>> spell_seconds(0.0), spell_seconds(0.2), spell_seconds(59.5), spell_seconds(360.0)
     ('0s', '1s', '1m0s', '6m0s')
     """
     minutes, rest = divmod(math.ceil(seconds), 60)
