@@ -94,13 +94,15 @@ class Job:
         self._writers = [
             PromptWriter(
                 request,
-                prompt,
+                task.prompt,
                 number=number,
                 tokenizer=gemma.tokenizer,
-                eos_ids=gemma.eos_ids,
+                # The form of a gap has ends of text of its own.
+                eos_ids={*gemma.eos_ids, *task.request.params.stop_token_ids}
+                - set(request.stop_token_ids),
                 list_end_of_text=settings.list_end_of_text,
             )
-            for number, prompt in enumerate(prompts)
+            for number, task in enumerate(self._tasks)
         ]
         self.prompt_tokens = sum(len(task.request.prompt_ids) for task in self._tasks)
 
