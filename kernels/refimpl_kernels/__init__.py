@@ -5,6 +5,9 @@ paths of one operation and shares no helper with the spec; one battery of tests 
 it. The caller names the implementation. One that cannot do a case raises NotImplementedError, and
 nothing falls back to another in silence.
 
+A program of many layers traces the operations that every layer runs once (`compiling.traced_once`),
+which otherwise is most of what a start waits for.
+
 Axis letters, here and everywhere: `b` batch or slot, `t` query position, `s` key position, `d`
 model width, `n` query heads, `k` key/value heads, `g` queries per key/value head (n = k g), `h`
 head width, `f` feed-forward width, `v` vocabulary, `l` layer. A linear map takes `i` inputs to `o`

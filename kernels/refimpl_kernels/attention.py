@@ -21,6 +21,8 @@ from jax import Array
 from jax.lax import Precision
 from jaxtyping import Bool, Float, Float32, Int
 
+from refimpl_kernels.compiling import traced_once
+
 AttentionImplementation = Literal["dense", "blocked"]
 Rounding = Literal["float32", "activation"]
 ScaleSite = Literal["scores", "query"]
@@ -103,6 +105,7 @@ def dense_attention(
     return mixed.reshape(b, t, k * g, h)
 
 
+@traced_once("scale", "window", "cap", "block")
 def blocked_attention(
     query: Float32[Array, "b t n h"],
     key: Float32[Array, "c s k h"],

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int
 
+from refimpl_kernels.compiling import traced_once
 from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 
 # Inputs per loop step. The factors of so many inputs, for two rows, fit the vector registers of a
@@ -36,6 +37,7 @@ LEAST_OUTPUTS = 16
 MANY_SUMS = 1 << 17
 
 
+@traced_once()
 def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
     """rows @ matrix, each element as one multiply-add chain.
 
@@ -76,23 +78,23 @@ def _step(
 ) -> list[Float32[Array, "p o"]]:
     """Add the products of a few inputs, one after the other, to every sum."""
     some = [_slice(part, begin, count, axis=1) for part in wide]
-    at = lax.div(begin, jnp.int32(matrix.block)) if isinstance(matrix, QuantizedMatrix) else None
     for e in range(count):
-        # Row by row: a slice of several would be widened into memory first.
-        weight = _row(matrix, begin + e, at)
+        weight = _row(matrix, begin, e)
         sums = [total + x[:, e, None] * weight for total, x in zip(sums, some, strict=True)]
     return sums
 
 
-def _row(matrix: Matrix, index: Int[Array, ""], at: Int[Array, ""] | None) -> Float32[Array, "1 o"]:
-    """The weights of an input, which is in the block `at`."""
+def _row(matrix: Matrix, begin: Int[Array, ""], e: int) -> Float32[Array, "1 o"]:
+    """The weights of input `begin` + e. By themselves: several would be widened in memory first."""
     if not isinstance(matrix, QuantizedMatrix):
-        return _slice(matrix, index, 1).astype(jnp.float32)
-    values = _slice(matrix.values, index, 1).astype(jnp.float32)
-    row = values * _slice(matrix.scales, at, 1)
-    if matrix.minimums is not None:
-        row = row - _slice(matrix.minimums, at, 1)
-    return row
+        return _wide_row(matrix, begin + e)
+    block = lax.div(begin, jnp.int32(matrix.block))
+    row = _wide_row(matrix.values, begin + e) * _wide_row(matrix.scales, block)
+    return row if matrix.minimums is None else row - _wide_row(matrix.minimums, block)
+
+
+def _wide_row(array: Array, index: Int[Array, ""]) -> Float32[Array, "1 o"]:
+    return _slice(array, index, 1).astype(jnp.float32)
 
 
 def _paired(rows: Float32[Array, "r i"]) -> list[Float32[Array, "p i"]]:

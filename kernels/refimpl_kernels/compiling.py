@@ -1,4 +1,26 @@
-"""What to tell the compiler: so that rows keep their bits, and that vectors may be wide."""
+"""What to tell the compiler: what to trace once, how rows keep their bits, how wide vectors are."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+
+
+def traced_once[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`jax.jit` for an operation that programs call many times, with the operation's own type.
+
+    A program traces and lowers it once for each form of its arguments, not once for each layer.
+    XLA puts the calls' contents in their places, so that nothing else changes.
+
+    Args:
+        static: names of the arguments that are not arrays.
+    """
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        compiled = cast(Any, jax).jit(function, static_argnames=static)
+        return cast(Callable[P, R], compiled)
+
+    return wrap
 
 
 def row_stable_options(platform: str) -> dict[str, str]:

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from refimpl_kernels.compiling import traced_once
 
+
+@traced_once("rounding")
 def gelu(
     x: Float[Array, "*a"], *, rounding: Literal["float32", "activation"] = "float32"
 ) -> Float[Array, "*a"]:

@@ -15,6 +15,7 @@ from jax.lax import Precision
 from jaxtyping import Float, Float32
 
 from refimpl_kernels.chain import chain
+from refimpl_kernels.compiling import traced_once
 from refimpl_kernels.matrix import Matrix, QuantizedMatrix, dequantize
 
 LinearImplementation = Literal["dot", "chain"]
@@ -45,6 +46,7 @@ def linear(
     return product.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[1])
 
 
+@traced_once()
 def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
     if not isinstance(matrix, QuantizedMatrix) and matrix.dtype == rows.dtype:
         return _product(rows, matrix)

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from refimpl_kernels.compiling import traced_once
+
 NormRounding = Literal["float32", "activation"]
 
 
+@traced_once("epsilon", "offset", "rounding")
 def rms_norm(
     x: Float[Array, "*b d"],
     scale: Float[Array, " d"] | None,

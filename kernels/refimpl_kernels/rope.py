@@ -8,6 +8,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Int
 
+from refimpl_kernels.compiling import traced_once
+
 AngleForm = Literal["multiply", "divide"]
 RopeRounding = Literal["float32", "activation"]
 
@@ -46,6 +48,7 @@ def rope_angles(
     return wide * (np.float32(1.0) / timescale / np.float32(factor))[None, None]
 
 
+@traced_once("rounding")
 def apply_rope(
     x: Float[Array, "b t n h"],
     angles: Float32[Array, "b t r"],
