@@ -1,6 +1,7 @@
 """A model ready to run: architecture, numerics, weights as plain arrays, and tokenizer."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def load_checkpoint(
             an architecture that we carry.
     """
     checkpoint = open_checkpoint(path)
-    tokenizer = _tokenizer(checkpoint, cache_dir)
-    graph, state = nnx.split(load_model(checkpoint, numerics, progress=progress))
+    # Side by side: the vocabulary takes about as long as the weights of a small model.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        reading = beside.submit(_tokenizer, checkpoint, cache_dir)
+        graph, state = nnx.split(load_model(checkpoint, numerics, progress=progress))
+        tokenizer = reading.result()
     return Gemma(
         path=checkpoint.path,
         config=checkpoint.config,
