@@ -189,6 +189,22 @@ def test_a_payload_lives_until_cache_and_user_let_go() -> None:
     assert alive() is None
 
 
+def test_what_is_discarded_takes_along_all_that_stands_on_it() -> None:
+    cache = cache_of(100)
+    for prompt in ((1, 1, 2, 2, 3, 3), (1, 1, 4, 4), (5, 5, 2, 2)):
+        store_all(cache, prompt, nbytes=3)
+    assert counts(cache.statistics) == {"blocks": 6, "stored_bytes": 18}
+    cache.discard(cache.keys((9, 9)))
+    cache.discard([])
+    assert cache.statistics.blocks == 6
+    # All that begins with its first block, whatever was used last.
+    cache.lookup(cache.keys((1, 1, 4, 4)))
+    cache.discard(cache.keys((1, 1, 2, 2)))
+    assert (cache.statistics.blocks, cache.statistics.stored_bytes) == (2, 6)
+    assert cache.num_kept(cache.keys((5, 5, 2, 2))) == 2
+    assert store_all(cache, (1, 1, 2, 2, 3, 3)) == [True] * 3
+
+
 def test_a_cleared_cache_holds_nothing_and_goes_on() -> None:
     cache = cache_of(100)
     payload = Array()

@@ -155,7 +155,10 @@ def test_texts_end_in_each_of_the_three_ways(engine: Engine) -> None:
 
 
 def test_a_text_is_cut_where_the_suffix_goes_on(engine: Engine) -> None:
-    greedy = letters(1, temperature=0.0, max_tokens=12, ignore_eos=True, allowed_token_ids=LETTERS)
+    """A short prompt, for in the mean over a long unlikely one every likely token is welcome."""
+    greedy = request_of(
+        (2,), temperature=0.0, max_tokens=12, ignore_eos=True, allowed_token_ids=LETTERS
+    )
     ids = engine.complete(greedy.prompt_ids, greedy.params).choices[0].token_ids
     for count in (3, 5, 9):
         suffix = engine.gemma.tokenizer.decode(ids[count:])

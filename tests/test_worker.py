@@ -241,6 +241,32 @@ def test_prompts_that_begin_alike_are_computed_once() -> None:
     assert desk.worker.prefix.statistics.blocks == 2
 
 
+def test_blocks_of_a_prompt_that_broke_down_are_not_kept() -> None:
+    desk = FakeDesk()
+    run, sound = desk.programs.decode, [True]
+
+    def decode(parameters: Any, state: Any, packed: np.ndarray) -> Any:
+        state, rows = run(parameters, state, packed)
+        rows[:, :, 2] = sound[0]
+        return state, rows
+
+    desk.programs.__dict__["decode"] = decode
+    for sound[0], length, blocks in ((True, 300, 2), (True, 140, 2), (False, 140, 0)):
+        desk.submit(request_of(prompt_ids(1, 300)[:length], max_tokens=2, seed=1))
+        while desk.worker.step():
+            pass
+        # The second block stands on the first, which both prompts have.
+        assert desk.worker.prefix.statistics.blocks == blocks
+    desk.programs.__dict__["score"] = lambda _, stream, targets: np.full(
+        (len(targets), SCORE_FIELDS), np.float32("nan").view(np.int32), np.int32
+    )
+    desk.submit(request_of(prompt_ids(1, 300), max_tokens=0, prompt_logprobs=1))
+    while desk.worker.step():
+        pass
+    assert desk.worker.prefix.statistics.blocks == 0
+    assert desk.num_finished == desk.num_submitted
+
+
 def test_what_needs_no_computing_waits_for_nobody_and_holds_nobody_up() -> None:
     desk = FakeDesk(steps=1)
     decoding = desk.submit(request_of([2], max_tokens=300, n=SLOTS, ignore_eos=True))

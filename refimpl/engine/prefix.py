@@ -165,6 +165,20 @@ class PrefixCache[Payload]:
             self._evictions += 1
         return True
 
+    def discard(self, keys: Sequence[BlockKey]) -> None:
+        """Give up a prompt's blocks, and all that stand on them.
+
+        Args:
+            keys: of the prompt, from its beginning.
+        """
+        gone = set(self._path(keys))
+        # A block was used no sooner than those that stand on it, so it comes before them here.
+        for entry in list(reversed(self._entries.values())) if gone else ():
+            if entry in gone or entry.parent in gone:
+                gone.add(entry)
+                del self._entries[entry.key.digest]
+                self._stored_bytes -= entry.nbytes
+
     def clear(self) -> None:
         """Give up all blocks. The counts of what has happened stay."""
         self._entries.clear()

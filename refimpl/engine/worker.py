@@ -180,6 +180,7 @@ class Worker:
         if all(math.isfinite(logprob) for logprob, _ in scored):
             self._emit(key, session.scored(scored))
         else:
+            self.prefix.discard(self._keys[key])
             self.cancel(key, "error")
 
     def _activate(self, action: Activate) -> None:
@@ -226,6 +227,9 @@ class Worker:
         key, choice = self._owners[slot]
         session, events = self._sessions[key], list[Event]()
         for row in rows:
+            if not row.is_finite:
+                # It may come from a block of the prompt, and would be handed on with it.
+                self.prefix.discard(self._keys[key])
             new, goes_on = session.push(choice, row)
             events += new
             if not goes_on:

@@ -14,7 +14,8 @@ gap filled by posterior resampling, `infill`:
 3. Score each text: the mean log-probability of all tokens of prompt + middle + suffix but the first
    one, which follows nothing. It is the sum that the posterior of the middle is proportional to,
    p(middle | prompt) p(suffix | prompt, middle), but for each token, as otherwise the shortest
-   middle would nearly always win.
+   middle would nearly always win. A token that is likelier than the mean raises it, so that a
+   middle may be long if it is fluent, until it gets in the way of the suffix.
 4. Each candidate stands for its best text, and the n best candidates are the choices, best first.
    On ties the shorter text wins, and the lower candidate.
 
