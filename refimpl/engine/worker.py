@@ -13,6 +13,7 @@ from jax import Array
 from refimpl_kernels.sampling import split_seed
 
 from refimpl.engine.events import Event, FinishReason
+from refimpl.engine.memory import release_freed
 from refimpl.engine.packing import (
     StepRow,
     pack_admission,
@@ -77,6 +78,7 @@ class Worker:
         for number, (name, call) in enumerate(calls):
             yield name, number, len(calls)
             state = call()
+            release_freed()
         self._state = jax.block_until_ready(state)
 
     def submit(self, key: int, session: Session) -> None:
