@@ -1,6 +1,6 @@
 """The server's app: routes, errors, keys and headers around a service.
 
-Every route is one of `openapi.OPERATIONS`; its handler here has the same name.
+Every route is one of `operations.OPERATIONS`; its handler here has the same name.
 """
 
 from collections.abc import Awaitable, Callable
@@ -12,7 +12,8 @@ from refimpl.server.body import read_json
 from refimpl.server.errors import json_response
 from refimpl.server.lifecycle import Service
 from refimpl.server.metrics import CONTENT_TYPE
-from refimpl.server.openapi import OPERATIONS, document
+from refimpl.server.openapi import document
+from refimpl.server.operations import OPERATIONS
 
 Handler = Callable[..., Awaitable[Response]]
 

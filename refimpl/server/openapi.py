@@ -1,28 +1,17 @@
 """`GET /openapi.json`, made from the schemas that requests are read with and replies are typed by.
 
-Owns the description of each operation. `app` serves what is described here and nothing else.
+Owns how a schema of ours becomes one of OpenAPI's.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from pydantic import TypeAdapter
 
 from refimpl.server.contract import CompletionRequest
-from refimpl.server.models import Model, ModelList
-from refimpl.server.probes import Status, Version
-from refimpl.server.reply import Reply
-from refimpl.server.schema import Fields
+from refimpl.server.operations import OPERATIONS, Operation
 from refimpl.server.settings import ServerSettings
-from refimpl.server.tokens import (
-    DetokenizeRequest,
-    Text,
-    TokenizeRequest,
-    TokenizerInfo,
-    Tokens,
-)
 
 JSON = "application/json"
 _REFERENCE = "#/components/schemas/{model}"
@@ -50,30 +39,7 @@ class Error(TypedDict):
     error: ErrorFields
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """One thing that the server does.
-
-    Attributes:
-        name: unique, and the name of what does it.
-        method: of HTTP.
-        path: with parameters as `{name}`.
-        summary: one sentence.
-        body: schema of the request, or None.
-        reply: type of the reply; a media type if it is no JSON.
-        errors: what may go wrong, besides what may go wrong everywhere.
-    """
-
-    name: str
-    method: Literal["GET", "POST"]
-    path: str
-    summary: str
-    reply: Any
-    body: type[Fields] | None = None
-    errors: tuple[int, ...] = ()
-
-
-# Everywhere: no key, a wrong method (of another path's operation), too much at once, our own fault.
+# Everywhere: no key, another method of the same path, our own fault.
 _EVERYWHERE = (401, 405, 500)
 _OF_BODIES = (400, 408, 413)
 _REASONS = {
@@ -88,103 +54,6 @@ _REASONS = {
     503: "The server is full, loading, ending, or has failed.",
     504: "The request did not end in time.",
 }
-
-OPERATIONS = (
-    Operation(
-        name="complete",
-        method="POST",
-        path="/v1/completions",
-        summary="Go on from prompts.",
-        body=CompletionRequest,
-        reply=Reply,
-        errors=(404, 429, 503, 504),
-    ),
-    Operation(
-        name="list_models",
-        method="GET",
-        path="/v1/models",
-        summary="List the names of the model.",
-        reply=ModelList,
-    ),
-    Operation(
-        name="describe_model",
-        method="GET",
-        path="/v1/models/{model}",
-        summary="Say what a model can do. The name may have slashes in it.",
-        reply=Model,
-        errors=(404, 503),
-    ),
-    Operation(
-        name="tokenize",
-        method="POST",
-        path="/tokenize",
-        summary="Give the ids of a text.",
-        body=TokenizeRequest,
-        reply=Tokens,
-        errors=(404, 503),
-    ),
-    Operation(
-        name="detokenize",
-        method="POST",
-        path="/detokenize",
-        summary="Give the text of ids.",
-        body=DetokenizeRequest,
-        reply=Text,
-        errors=(404, 503),
-    ),
-    Operation(
-        name="tokenizer_info",
-        method="GET",
-        path="/tokenizer_info",
-        summary="Describe the tokenizer.",
-        reply=TokenizerInfo,
-        errors=(503,),
-    ),
-    Operation(
-        name="health",
-        method="GET",
-        path="/health",
-        summary="Whether the process is well. Needs no key.",
-        reply=Status,
-        errors=(503,),
-    ),
-    Operation(
-        name="ready",
-        method="GET",
-        path="/ready",
-        summary="Whether completions are taken. Needs no key.",
-        reply=Status,
-        errors=(503,),
-    ),
-    Operation(
-        name="program_version",
-        method="GET",
-        path="/version",
-        summary="The version of the server.",
-        reply=Version,
-    ),
-    Operation(
-        name="metrics",
-        method="GET",
-        path="/metrics",
-        summary="Figures for Prometheus.",
-        reply="text/plain",
-    ),
-    Operation(
-        name="openapi",
-        method="GET",
-        path="/openapi.json",
-        summary="This description.",
-        reply=dict[str, Any],
-    ),
-    Operation(
-        name="docs",
-        method="GET",
-        path="/docs",
-        summary="This description as a page to read.",
-        reply="text/html",
-    ),
-)
 
 
 def document(settings: ServerSettings) -> dict[str, Any]:
