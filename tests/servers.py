@@ -18,6 +18,9 @@ from tests.engines import tiny_engine
 
 MODEL = "google/tiny"
 NAMES = (MODEL, "tiny:1b")
+# More choices than this at a time wait. Programs for wider batches take long to compile, and are
+# the engine's own matter.
+SLOTS = 2
 FINGERPRINT = "fp_0123456789abcdef"
 
 
@@ -84,7 +87,7 @@ class Client:
 
         async def sent() -> Got:
             client = self.app.test_client()
-            response = await client.open(path, method=method, data=data, headers=headers)
+            response = await client.open(path, method=method, data=data, headers=headers)  # pyright: ignore[reportCallIssue]
             body = await response.get_data(as_text=False)
             return Got(response.status_code, response.headers, body)
 
@@ -115,7 +118,7 @@ def client_of(engine: Engine, **settings: Any) -> Client:
 @contextmanager
 def tiny_client(name: str = "gemma3", **settings: Any) -> Iterator[Client]:
     """A client of a server over an engine of its own."""
-    engine = tiny_engine(name)
+    engine = tiny_engine(name, slots=SLOTS)
     # Requests of tests are few and short, and use few of the programs.
     engine.options = replace(engine.options, compile_at_start=False)
     with engine:

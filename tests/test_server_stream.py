@@ -14,7 +14,7 @@ from refimpl.engine.events import Delta, Event, Finished
 from refimpl.errors import EngineError
 from refimpl.server import stream
 from refimpl.server.merging import merge
-from tests.servers import MODEL, Client, client_of, tiny_client
+from tests.servers import MODEL, SLOTS, Client, client_of, tiny_client
 
 TEXT = "is the "
 # Long enough for what came before to be sent by itself: what an error overtakes is not.
@@ -211,7 +211,9 @@ async def left(client: Client, body: dict[str, Any], *, after_frames: int) -> No
         for _ in range(after_frames):
             await sent.receive()
         if not after_frames:
-            await until(lambda: client.service.engine.worker.num_in_flight > 0)
+            worker = client.service.engine.worker
+            assert worker is not None
+            await until(lambda: worker.num_in_flight > 0)
         await sent.disconnect()
 
 
@@ -234,7 +236,7 @@ def test_a_client_that_leaves_frees_its_slots(client, is_streamed, after_frames)
     async def scene() -> None:
         await left(client, body, after_frames=after_frames)
         await until(lambda: worker.num_in_flight == 0)
-        assert worker.scheduler.num_free == 16
+        assert worker.scheduler.num_free == SLOTS
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         assert others == []
 
