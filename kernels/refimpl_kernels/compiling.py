@@ -46,7 +46,8 @@ def wide_vector_options(platform: str) -> dict[str, str]:
     """Compiler options for `jax.jit` that let a CPU use the widest vectors it has.
 
     XLA keeps to 256 bits where a processor has 512, for fear of lower clock rates. Products with
-    many rows took a fifth to a third less time with 512 (Xeon with AVX-512, 2.8 GHz), and no bit
-    changed: the width decides how many elements are computed together, not in which order one is.
+    many rows took a fifth to a third less time with 512 (Xeon with AVX-512, 2.8 GHz). But then
+    decode of 16 rows gave log-probabilities that differed in the last bits from those of a row
+    alone, and of up to 8 rows it did not: do not use this where rows must keep their bits.
     """
     return {"xla_cpu_prefer_vector_width": "512"} if platform == "cpu" else {}

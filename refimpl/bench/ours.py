@@ -25,7 +25,10 @@ def make_engine(gemma: Any, setup: Setup) -> Any:
     from refimpl.engine.engine import Engine, EngineOptions
 
     options = EngineOptions(
-        slots=setup.slots, context=setup.context, compile_at_start=not setup.is_for_one
+        slots=setup.slots,
+        context=setup.context,
+        compile_at_start=not setup.is_for_one,
+        throughput=setup.throughput,
     )
     return Engine(gemma, options)
 

@@ -55,6 +55,7 @@ class Plan:
         repeat: turns of each subject at each quantity.
         threads: of the peer.
         is_cold: whether to measure compilation from nothing, which takes minutes.
+        throughput: whether to measure our engine with its option of that name.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Plan:
     repeat: int = 5
     threads: int = 1
     is_cold: bool = False
+    throughput: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1, and nothing to measure.
@@ -91,7 +93,14 @@ class Plan:
     @property
     def one(self) -> Setup:
         """For a process that makes one short completion."""
-        return Setup(path=self.path, threads=self.threads, slots=1, context=1024, is_for_one=True)
+        return Setup(
+            path=self.path,
+            threads=self.threads,
+            slots=1,
+            context=1024,
+            is_for_one=True,
+            throughput=self.throughput,
+        )
 
     @property
     def serving(self) -> Setup:
@@ -102,6 +111,7 @@ class Plan:
             threads=self.threads,
             slots=max(self.streams),
             context=-(-longest // _BLOCK) * _BLOCK,
+            throughput=self.throughput,
         )
 
 

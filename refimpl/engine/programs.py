@@ -79,12 +79,14 @@ class Programs:
         slots: rows of the state.
         context: positions that a slot can hold.
         max_steps: most steps of one call of decode.
+        throughput: compile for speed where that may change last bits with the company of a row.
     """
 
     gemma: Gemma
     slots: int
     context: int
     max_steps: int = 1
+    throughput: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -208,7 +210,7 @@ class Programs:
         platform = jax.default_backend()
         options = {
             **row_stable_options(platform),
-            **wide_vector_options(platform),
+            **(wide_vector_options(platform) if self.throughput else {}),
             **self.gemma.numerics.compiler_options,
         }
         donated = 1 if is_donated else ()

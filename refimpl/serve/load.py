@@ -27,12 +27,18 @@ def load(settings: ServerSettings, progress: Progress) -> Loaded:
         context=settings.context,
         steps=settings.steps,
         prefix_bytes=settings.prefix_bytes,
+        throughput=settings.throughput,
     )
     engine = Engine(gemma, options)
     engine.start(progress)
     return Loaded(
         engine=engine,
-        fingerprint=fingerprint(gemma.path, parameters=gemma.parameters, numerics=gemma.numerics),
+        fingerprint=fingerprint(
+            gemma.path,
+            parameters=gemma.parameters,
+            numerics=gemma.numerics,
+            throughput=settings.throughput,
+        ),
         block=BLOCK,
         num_compilations=compilations.count,
     )
