@@ -121,7 +121,7 @@ class ServerSettings(BaseModel):
         default=8, ge=1, le=128, description="Middles that are drawn for each choice with a suffix."
     )
     infill_cuts: Count = Field(
-        default=16, description="Places at which each of these middles may be cut off."
+        default=4, description="Places at which each of these middles may be cut off."
     )
     infill_suffix_tokens: Count = Field(default=512, description="Longest suffix, in tokens.")
 
