@@ -254,6 +254,20 @@ def test_a_connection_that_is_kept_alive_does_not_keep_the_server():
         assert server.ended_within(10)
 
 
+def test_a_connection_ends_with_its_client_and_not_when_it_would_have_been_idle_for_long():
+    with running() as server:
+        wait_ready(server)
+        with closing(server.connect()) as connection:
+            connection.request("GET", "/ready")
+            connection.getresponse().read()
+            eventually(lambda: len(open_connections(server)) == 1)
+        eventually(lambda: not open_connections(server))
+
+
+def open_connections(server: Running) -> list[socket.socket]:
+    return [each for each in list(server.listener.socket.connections) if each.fileno() != -1]
+
+
 # Where it listens.
 
 

@@ -22,6 +22,7 @@ from hypercorn.config import Config, Sockets
 from quart import Quart
 
 from refimpl.errors import InvalidRequestError
+from refimpl.server import connections
 from refimpl.server.access_log import AccessLog
 from refimpl.server.keys import Keyring
 from refimpl.server.lifecycle import Service
@@ -122,6 +123,7 @@ class Server:
             on_ready: called once the model is there.
         """
         self._loop = asyncio.get_running_loop()
+        connections.install()
         self._service.begin(ended=lambda: self._call(self._loaded.set))
         server = asyncio.create_task(
             serve(
