@@ -26,4 +26,4 @@ class Connection(TCPServer):
 
 def install() -> None:
     """Have Hypercorn make connections of this kind, in the whole process."""
-    hypercorn.asyncio.run.TCPServer = Connection
+    hypercorn.asyncio.run.TCPServer = Connection  # pyright: ignore[reportPrivateImportUsage]
