@@ -102,11 +102,12 @@ def print_server_benchmark(plan: Plan, *, as_json: bool) -> None:
     # Imported here, because no other benchmark needs a server.
     from refimpl.bench import server
 
+    machine = describe_machine()
     results = server.measure(plan)
     if as_json:
-        print(json.dumps(server.to_json(plan, results), ensure_ascii=False))
+        print(json.dumps(server.to_json(plan, results, machine), ensure_ascii=False))
     else:
-        _print_table(server.to_table(plan, results))
+        _print_table(server.to_table(plan, results, machine))
 
 
 def _print(report: Report, *, as_json: bool) -> None:

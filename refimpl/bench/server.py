@@ -11,11 +11,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from rich.table import Table
 
+from refimpl.bench.machine import Machine
 from refimpl.bench.measure import Quantity, Results, Samples, alternate, ratio
 from refimpl.bench.ours import Ours, step_seconds
 from refimpl.bench.run import Plan, decode_quantity
@@ -65,9 +67,10 @@ def measure(plan: Plan) -> Results:
     return results
 
 
-def to_json(plan: Plan, results: Results) -> dict[str, Any]:
-    """What was measured, as one JSON object."""
+def to_json(plan: Plan, results: Results, machine: Machine) -> dict[str, Any]:
+    """What was measured, and on what, as one JSON object."""
     return {
+        "machine": asdict(machine),
         "model": {"name": plan.path.name},
         "plan": {
             "streams": list(plan.streams), "tokens": plan.tokens, "repeat": plan.repeat,
@@ -87,12 +90,14 @@ def to_json(plan: Plan, results: Results) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def to_table(plan: Plan, results: Results) -> Table:
-    """What was measured, as a table: medians, and in brackets the range."""
+def to_table(plan: Plan, results: Results, machine: Machine) -> Table:
+    """What was measured, and on what, as a table: medians, and in brackets the range."""
     table = Table(
         title=plan.path.name,
         title_justify="left",
-        caption=f"median of {plan.repeat}, in turns; {plan.tokens} tokens a stream; over loopback",
+        caption=f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes / 1e9:.0f} GB; "
+        f"jax {machine.jax}, python {machine.python}\n"
+        f"median of {plan.repeat}, in turns; {plan.tokens} tokens a stream; over loopback",
         caption_justify="left",
     )
     for heading in ("", "unit", ENGINE, SERVER, "server / engine"):
@@ -140,7 +145,10 @@ def _of_server(quantity: Quantity, port: int, streams: int, tokens: int) -> dict
     )  # fmt: skip
     if ended.returncode != 0:
         raise EngineError(f"the clients of the server failed: {ended.stderr.strip():.500}")
-    return {quantity: streams / step_seconds(json.loads(ended.stdout))}
+    arrivals = [
+        [(moment, count) for moment, count in stream] for stream in json.loads(ended.stdout)
+    ]
+    return {quantity: streams / step_seconds(arrivals)}
 
 
 def _cell(samples: Samples) -> str:

@@ -104,7 +104,10 @@ def _responses(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     else:
         content = {JSON: {"schema": _schema(operation.reply, schemas)}}
     if operation.name == "complete":
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        # Without a type: tools disagree on whether it describes the text or one event of it.
+        content["text/event-stream"] = {
+            "schema": {"description": "Events whose data are pieces of such a reply, then [DONE]."}
+        }
     bodies = _OF_BODIES if operation.body is not None else ()
     refused = {"schema": {"$ref": _REFERENCE.format(model="Error")}}
     return {
