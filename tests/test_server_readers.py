@@ -59,60 +59,6 @@ def sent(server: Served, body: dict[str, Any]) -> Iterator[socket.socket]:
         yield connection
 
 
-def rest_of(connection: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
-    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
-
-
-def loop_of(engine: Engine) -> EngineLoop:
-    assert engine._running is not None
-    return engine._running
-
-
-@contextlib.contextmanager
-def sent(server: Served, body: dict[str, Any]) -> Iterator[socket.socket]:
-    """A connection over which a request has gone, and nothing has been read."""
-    data = json.dumps({"model": MODEL, **body}).encode()
-    with socket.socket() as connection:
-        # Small, and set before connecting, so that the system does not take the answer for us.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(PATIENCE)
-        connection.connect(("127.0.0.1", server.port))
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nConnection: close\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
-        )
-        yield connection
-
-
-def rest_of(connection: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
-    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
-
-
-def texts_of(reply: bytes) -> list[str]:
-    """The text of each choice of a stream, which must have ended as streams do."""
-    texts = [""] * LARGE["n"]
-    lines = [line for line in reply.splitlines() if line.startswith(b"data: ")]
-    assert lines[-1] == b"data: [DONE]"
-    for line in lines[:-1]:
-        [choice] = json.loads(line[6:])["choices"]
-        texts[choice["index"]] += choice["text"]
-    return texts
-
-
-def test_a_client_that_never_reads_ends_at_its_deadline(engine):
-    with served(engine, request_timeout=1.5, max_logprobs=20) as server:
-        scheduler = loop_of(engine).worker.scheduler
-        with sent(server, LARGE) as connection:
-            eventually(lambda: scheduler.num_paused == 1)
-            eventually(lambda: scheduler.num_free == SLOTS)
-            reply = rest_of(connection)
-        *_, error, done = [line for line in reply.splitlines() if line.startswith(b"data: ")]
-        assert (json.loads(error[6:])["error"]["type"], done) == ("timeout", b"data: [DONE]")
-        eventually(lambda: server.is_idle)
-
-
 def test_a_client_that_never_reads_and_leaves_frees_its_slots(engine):
     with served(engine, max_logprobs=20) as server:
         tasks, scheduler = server.num_tasks, loop_of(engine).worker.scheduler

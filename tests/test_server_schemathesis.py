@@ -77,6 +77,5 @@ def check_replies(seen: dict[str, Any]) -> None:
         for entry in seen["log"]["entries"]
     )
     assert max(status for _, status in replies) < 500
-    assert replies["completions", 200] >= 5
-    assert replies["completions", 400] >= 1
-    assert min(replies["tokenize", 200], replies["detokenize", 200]) >= 5
+    for name in ("completions", "tokenize", "detokenize"):
+        assert replies[name, 200] >= 3
