@@ -1,16 +1,20 @@
 """What to tell the compiler: what to trace once, how rows keep their bits, how wide vectors are."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+from jax.core import Tracer
 
 
 def traced_once[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`jax.jit` for an operation that programs call many times, with the operation's own type.
 
     A program traces and lowers it once for each form of its arguments, not once for each layer.
-    XLA puts the calls' contents in their places, so that nothing else changes.
+    XLA puts the calls' contents in their places, so that nothing else changes. Outside a program
+    the operation runs step by step as it stands: compiled by itself, without the program's
+    options, it might skip roundings to bfloat16.
 
     Args:
         static: names of the arguments that are not arrays.
@@ -18,7 +22,14 @@ def traced_once[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, 
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         compiled = cast(Any, jax).jit(function, static_argnames=static)
-        return cast(Callable[P, R], compiled)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            leaves = jax.tree.leaves((args, kwargs))
+            is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+            return (compiled if is_traced else function)(*args, **kwargs)
+
+        return call
 
     return wrap
 
