@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from refimpl.engine.engine import Engine
+from refimpl.engine.engine import Engine, EngineOptions
 from refimpl.engine.events import Completion, Delta, Event, Finished, PromptScored, collect
 from refimpl.engine.inbox import LoopInbox
 from refimpl.engine.request import Request, SamplingParams
@@ -742,3 +742,17 @@ def test_the_engine_of_another_architecture() -> None:
     ids = tiny_gemma("gemma2").tokenizer.encode("in the end")
     assert got.prompt_tokens == len(ids)
     assert len(got.choices) == 3
+
+
+@pytest.mark.parametrize("throughput", [False, True])
+def test_wide_vectors_are_for_those_who_ask(throughput: bool, monkeypatch) -> None:
+    engine = Engine(tiny_gemma("gemma3"), EngineOptions(throughput=throughput))
+    given = dict[str, Any]()
+
+    def jit(program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        given.update(options["compiler_options"])
+        return program
+
+    monkeypatch.setattr(jax, "jit", jit)
+    assert callable(engine._programs.decode)
+    assert ("xla_cpu_prefer_vector_width" in given) is throughput
