@@ -8,8 +8,8 @@ from refimpl_weights.synthetic import TINY
 
 from refimpl.errors import InvalidRequestError
 from refimpl.model.cache import KVCache
-from refimpl.model.config import AttentionKind
 from refimpl.model.implementations import Implementations, implementations_for
+from refimpl.model.layer_spec import AttentionKind
 from refimpl.model.numerics import FLOAT32, HF_BFLOAT16, Numerics
 from tests.tiny_models import cached_pass, full_pass, golden_case, tiny_model
 

@@ -8,14 +8,8 @@ from typing import NamedTuple
 import pytest
 
 from refimpl.errors import ConfigError, UnknownModelError
-from refimpl.model.config import (
-    MOST_LAYERS,
-    AttentionKind,
-    GemmaConfig,
-    LayerSpec,
-    RopeSpec,
-    periodic_kinds,
-)
+from refimpl.model.config import MOST_LAYERS, GemmaConfig, periodic_kinds
+from refimpl.model.layer_spec import AttentionKind, LayerSpec, RopeSpec
 from refimpl.model.variants import VARIANTS, variant
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,9 @@ from refimpl_weights.gguf import GGUFFile
 from refimpl_weights.synthetic_gguf import write_gguf
 
 from refimpl.errors import ConfigError
-from refimpl.model.config import AttentionKind, GemmaConfig, RopeSpec
+from refimpl.model.config import GemmaConfig
 from refimpl.model.gguf_config import from_gguf
+from refimpl.model.layer_spec import AttentionKind, RopeSpec
 from refimpl.model.variants import VARIANTS, variant
 
 LOCAL, GLOBAL = AttentionKind.LOCAL, AttentionKind.GLOBAL

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from refimpl_weights.synthetic import TINY
 
 from refimpl.errors import ConfigError
-from refimpl.model.config import AttentionKind, GemmaConfig, RopeSpec
+from refimpl.model.config import GemmaConfig
 from refimpl.model.hf_config import from_hugging_face, to_hugging_face
+from refimpl.model.layer_spec import AttentionKind, RopeSpec
 from refimpl.model.variants import VARIANTS, variant
 
 LOCAL, GLOBAL = AttentionKind.LOCAL, AttentionKind.GLOBAL

@@ -19,8 +19,8 @@ from refimpl_weights import synthetic
 from refimpl_weights.synthetic_gguf import write_gguf
 
 from refimpl.model.checkpoint import open_checkpoint
-from refimpl.model.config import RopeSpec
 from refimpl.model.hf_config import from_hugging_face, to_hugging_face
+from refimpl.model.layer_spec import RopeSpec
 from refimpl.model.numerics import FLOAT32, PRESETS, Numerics
 from refimpl.model.variants import VARIANTS
 from tests.oracle.rope import exact_angles, float32_angles, rotate

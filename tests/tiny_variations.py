@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from refimpl.model.cache import KVCache
 from refimpl.model.checkpoint import load_model, open_checkpoint
-from refimpl.model.config import AttentionKind
 from refimpl.model.implementations import Implementations
+from refimpl.model.layer_spec import AttentionKind
 from refimpl.model.numerics import FLOAT32, Numerics
 from refimpl.model.trace import Taps
 from refimpl.model.transformer import Transformer

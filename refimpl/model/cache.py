@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from refimpl.errors import InvalidRequestError
-from refimpl.model.config import AttentionKind, GemmaConfig
+from refimpl.model.config import GemmaConfig
+from refimpl.model.layer_spec import AttentionKind
 
 # Positions in one block of the blocked attention; every length is a multiple of it.
 BLOCK = 128

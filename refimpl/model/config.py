@@ -7,55 +7,22 @@ code asks for numbers and never for a generation.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from refimpl.errors import ConfigError
+from refimpl.model.layer_spec import (
+    AltUpSpec,
+    AttentionKind,
+    ExpertsSpec,
+    LayerSpec,
+    PerLayerInputSpec,
+    RopeSpec,
+)
+from refimpl.model.parameter_count import parameter_count
 
 # Far above any model. A damaged count must not become a tuple that fills the memory.
 MOST_LAYERS = 1024
-
-
-class AttentionKind(StrEnum):
-    """How far back a layer looks."""
-
-    LOCAL = "local"
-    GLOBAL = "global"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary embedding of one kind of layer: the base of its wavelengths, and their stretching.
-
-    Attributes:
-        theta: base of the geometric series of timescales.
-        factor: linear position interpolation, 1.0 for none.
-    """
-
-    theta: float = 10_000.0
-    factor: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSpec:
-    """Everything one decoder layer needs to know about itself.
-
-    Attributes:
-        kind: local or global attention.
-        window: number of keys a query sees, itself included; None for all.
-        head_width: width of one head.
-        num_kv_heads: key/value heads.
-        rope: rotary embedding.
-        feed_forward_width: width of the gated hidden layer.
-    """
-
-    kind: AttentionKind
-    window: int | None
-    head_width: int
-    num_kv_heads: int
-    rope: RopeSpec
-    feed_forward_width: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +37,27 @@ class GemmaConfig:
         head_width: width of one head.
         num_kv_heads: key/value heads.
         feed_forward_width: width of the gated hidden layer.
+        layer_feed_forward_widths: the same for each layer, where layers differ; else None.
         layer_kinds: local or global, for each layer.
         window: keys a local layer sees, the query's own included.
         context_length: positions the model was made for.
+        global_head_width, global_num_kv_heads: of global layers, where those differ; else None.
+        values_are_keys: global layers have no projection of values: they take the raw keys.
+        num_sharing_layers: how many of the last layers have no keys and values of their own, but
+            read those of the last layer of their kind that has.
         local_rope, global_rope: rotary embedding of each kind of layer.
         query_scalar: scores are scaled by query_scalar ** -0.5. Not always the head width.
         attention_cap: soft cap of attention scores, or None.
         final_cap: soft cap of logits, or None.
         has_query_key_norm: RMSNorm on every query and key head before the rotary embedding.
+        has_value_norm: RMSNorm without a scale on every value head.
         has_post_norms: RMSNorm on what attention and feed-forward add to the residual stream.
         norm_offset: added to every norm's stored scale: 1.0 in Hugging Face files, 0.0 in GGUF.
         norm_epsilon: added to the mean square.
+        has_layer_scalar: the stream is multiplied by a learned number after each layer.
+        gate_cutoffs: for each layer how sparse its gate is, see `LayerSpec.gate_cutoff`; or None.
+        per_layer_input, experts, altup: parts that some models have; else None.
+        laurel_rank: of the learned residual beside attention ("LAuReL"), or None.
         has_tied_head: the head is the embedding.
         pad_id, bos_id: special ids. eos_ids: every id that ends a text.
     """
@@ -92,18 +69,30 @@ class GemmaConfig:
     head_width: int
     num_kv_heads: int
     feed_forward_width: int
+    layer_feed_forward_widths: tuple[int, ...] | None = None
     layer_kinds: tuple[AttentionKind, ...]
     window: int | None
     context_length: int
+    global_head_width: int | None = None
+    global_num_kv_heads: int | None = None
+    values_are_keys: bool = False
+    num_sharing_layers: int = 0
     local_rope: RopeSpec = field(default_factory=RopeSpec)
     global_rope: RopeSpec = field(default_factory=RopeSpec)
     query_scalar: float
     attention_cap: float | None = None
     final_cap: float | None = None
     has_query_key_norm: bool = False
+    has_value_norm: bool = False
     has_post_norms: bool = False
     norm_offset: float = 1.0
     norm_epsilon: float = 1e-6
+    has_layer_scalar: bool = False
+    gate_cutoffs: tuple[float | None, ...] | None = None
+    per_layer_input: PerLayerInputSpec | None = None
+    experts: ExpertsSpec | None = None
+    altup: AltUpSpec | None = None
+    laurel_rank: int | None = None
     has_tied_head: bool = True
     pad_id: int = 0
     bos_id: int = 2
@@ -115,12 +104,35 @@ class GemmaConfig:
         Raises:
             ConfigError: listing every contradiction.
         """
-        faults = [*self._size_faults(), *self._number_faults(), *self._id_faults()]
+        faults = [
+            *self._size_faults(),
+            *self._layer_faults(),
+            *self._number_faults(),
+            *self._id_faults(),
+        ]
         if faults:
             raise ConfigError("this is not a Gemma configuration: " + "; ".join(faults))
 
     def _size_faults(self) -> Iterator[str]:
-        for name in (
+        for name, size in self._sizes().items():
+            if size is not None and size < 1:
+                yield f"{name} must be at least 1, got {size}"
+        if not self.layer_kinds:
+            yield "there must be at least one layer, got none"
+        for heads in {self.num_kv_heads, self._global_num_kv_heads}:
+            if heads > 0 and self.num_heads % heads:
+                yield (
+                    f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
+                    f"{heads}"
+                )
+        for width in {self.head_width, self._global_head_width}:
+            if width % 2:
+                yield f"head_width must be even for rotary embedding, got {width}"
+        if AttentionKind.LOCAL in self.layer_kinds and (self.window is None or self.window < 1):
+            yield f"local layers need a window of at least 1, got {self.window}"
+
+    def _sizes(self) -> dict[str, int | None]:
+        names = (
             "vocab_size",
             "width",
             "num_heads",
@@ -128,20 +140,47 @@ class GemmaConfig:
             "num_kv_heads",
             "feed_forward_width",
             "context_length",
-        ):
-            if getattr(self, name) < 1:
-                yield f"{name} must be at least 1, got {getattr(self, name)}"
-        if not self.layer_kinds:
-            yield "there must be at least one layer, got none"
-        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
+            "global_head_width",
+            "global_num_kv_heads",
+            "laurel_rank",
+        )
+        widths = self.layer_feed_forward_widths or ()
+        parts = {"per_layer_input": self.per_layer_input, "experts": self.experts}
+        return {
+            **{name: getattr(self, name) for name in names},
+            **{f"layer_feed_forward_widths[{i}]": width for i, width in enumerate(widths)},
+            **{
+                f"{name}.{key}": size
+                for name, part in parts.items()
+                if part is not None
+                for key, size in asdict(part).items()
+            },
+        }
+
+    def _layer_faults(self) -> Iterator[str]:
+        for name in ("layer_feed_forward_widths", "gate_cutoffs"):
+            listed = getattr(self, name)
+            if listed is not None and len(listed) != self.num_layers:
+                yield f"{name} must name all {self.num_layers} layers, got {len(listed)}"
+        owners = self.num_layers - self.num_sharing_layers
+        if not 0 <= self.num_sharing_layers < max(self.num_layers, 1):
             yield (
-                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
-                f"{self.num_kv_heads}"
+                f"num_sharing_layers must be 0 or more and leave a layer with keys, got "
+                f"{self.num_sharing_layers} of {self.num_layers}"
             )
-        if self.head_width % 2:
-            yield f"head_width must be even for rotary embedding, got {self.head_width}"
-        if AttentionKind.LOCAL in self.layer_kinds and (self.window is None or self.window < 1):
-            yield f"local layers need a window of at least 1, got {self.window}"
+        elif not set(self.layer_kinds[owners:]) <= set(self.layer_kinds[:owners]):
+            yield "a layer without keys must come after one of its kind that has keys"
+        if self.experts is not None and self.experts.chosen > self.experts.count:
+            yield (
+                f"experts.chosen must be at most experts.count {self.experts.count}, got "
+                f"{self.experts.chosen}"
+            )
+        altup = self.altup
+        if altup is not None and (altup.streams < 2 or not 0 <= altup.active < altup.streams):
+            yield (
+                "altup must have 2 streams or more, one of them active, got "
+                f"{altup.streams} and {altup.active}"
+            )
 
     def _number_faults(self) -> Iterator[str]:
         numbers = {
@@ -153,10 +192,15 @@ class GemmaConfig:
             "local_rope.factor": self.local_rope.factor,
             "global_rope.theta": self.global_rope.theta,
             "global_rope.factor": self.global_rope.factor,
+            **{f"gate_cutoffs[{i}]": cutoff for i, cutoff in enumerate(self.gate_cutoffs or ())},
         }
         for name, number in numbers.items():
             if number is not None and not 0 < number < math.inf:
                 yield f"{name} must be above 0 and finite, got {number}"
+        for name in ("local_rope", "global_rope"):
+            proportion = getattr(self, name).proportion
+            if not 0 < proportion <= 1:
+                yield f"{name}.proportion must be above 0 and at most 1, got {proportion}"
 
     def _id_faults(self) -> Iterator[str]:
         if self.vocab_size < 1:
@@ -183,32 +227,42 @@ class GemmaConfig:
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """One specification for each layer, in order."""
-        return tuple(self._layer(kind) for kind in self.layer_kinds)
+        return tuple(self._layer(index, kind) for index, kind in enumerate(self.layer_kinds))
 
-    def _layer(self, kind: AttentionKind) -> LayerSpec:
+    def _layer(self, index: int, kind: AttentionKind) -> LayerSpec:
         is_local = kind is AttentionKind.LOCAL
+        widths, cutoffs = self.layer_feed_forward_widths, self.gate_cutoffs
         return LayerSpec(
             kind=kind,
             window=self.window if is_local else None,
-            head_width=self.head_width,
-            num_kv_heads=self.num_kv_heads,
+            head_width=self.head_width if is_local else self._global_head_width,
+            num_kv_heads=self.num_kv_heads if is_local else self._global_num_kv_heads,
             rope=self.local_rope if is_local else self.global_rope,
-            feed_forward_width=self.feed_forward_width,
+            feed_forward_width=self.feed_forward_width if widths is None else widths[index],
+            values_are_keys=self.values_are_keys and not is_local,
+            donor=self._donor(index, kind),
+            gate_cutoff=None if cutoffs is None else cutoffs[index],
         )
+
+    def _donor(self, index: int, kind: AttentionKind) -> int | None:
+        """The last layer of this kind that has keys and values of its own, if this one has not."""
+        owners = self.num_layers - self.num_sharing_layers
+        if index < owners:
+            return None
+        return max(i for i in range(owners) if self.layer_kinds[i] is kind)
+
+    @property
+    def _global_head_width(self) -> int:
+        return self.head_width if self.global_head_width is None else self.global_head_width
+
+    @property
+    def _global_num_kv_heads(self) -> int:
+        return self.num_kv_heads if self.global_num_kv_heads is None else self.global_num_kv_heads
 
     @property
     def parameter_count(self) -> int:
         """Parameters of the text decoder, a tied head counted once."""
-        norms_of_width = 4 if self.has_post_norms else 2
-        total = self.vocab_size * self.width * (1 if self.has_tied_head else 2) + self.width
-        for layer in self.layers:
-            query_width = self.num_heads * layer.head_width
-            key_width = layer.num_kv_heads * layer.head_width
-            total += self.width * (2 * query_width + 2 * key_width)
-            total += 3 * self.width * layer.feed_forward_width
-            total += norms_of_width * self.width
-            total += 2 * layer.head_width if self.has_query_key_norm else 0
-        return total
+        return parameter_count(self)
 
 
 def periodic_kinds(num_layers: int, *, period: int) -> tuple[AttentionKind, ...]:

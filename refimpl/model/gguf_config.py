@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from refimpl.errors import ConfigError
-from refimpl.model.config import GemmaConfig, RopeSpec, periodic_kinds
+from refimpl.model.config import GemmaConfig, periodic_kinds
+from refimpl.model.layer_spec import RopeSpec
 from refimpl.model.value_kinds import INTEGER, NUMBER, TEXT, Kind, kind_faults, optional_float
 
 _FAMILIES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}

@@ -11,7 +11,8 @@ from typing import Any
 
 from refimpl.errors import ConfigError
 from refimpl.model import hf_keys
-from refimpl.model.config import AttentionKind, GemmaConfig, RopeSpec, periodic_kinds
+from refimpl.model.config import GemmaConfig, periodic_kinds
+from refimpl.model.layer_spec import AttentionKind, RopeSpec
 from refimpl.model.value_kinds import IDS, NUMBER, TEXT, kind_faults, optional_float
 
 _NESTED = {"gemma3": "gemma3_text"}

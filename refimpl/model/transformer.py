@@ -8,8 +8,9 @@ from refimpl_kernels.rope import rope_angles
 
 from refimpl.model.attention import Attention
 from refimpl.model.cache import FullPass, KVCache, Memory
-from refimpl.model.config import AttentionKind, GemmaConfig, LayerSpec
+from refimpl.model.config import GemmaConfig
 from refimpl.model.implementations import REFERENCE, Implementations
+from refimpl.model.layer_spec import AttentionKind, LayerSpec
 from refimpl.model.layers import Embedder, FeedForward, RMSNorm
 from refimpl.model.numerics import FLOAT32, Numerics
 from refimpl.model.trace import Taps

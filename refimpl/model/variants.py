@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from refimpl.errors import UnknownModelError
-from refimpl.model.config import AttentionKind, GemmaConfig, RopeSpec, periodic_kinds
+from refimpl.model.config import GemmaConfig, periodic_kinds
+from refimpl.model.layer_spec import AttentionKind, RopeSpec
 
 
 def _gemma1(layers: int, width: int, heads: int, kv_heads: int, feed_forward: int) -> GemmaConfig:
