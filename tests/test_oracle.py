@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from tests.oracle import (
+    OracleResult,
+    elementary,
     forward,
     from_hugging_face,
-    gemma,
     log_probabilities,
     rope,
     sample_greedy,
 )
+from tests.oracle.attention import visibility
 from tests.oracle.config import LayerConfig, OracleConfig
+from tests.oracle.names import weight_names
 
 ROUNDING = 1e-12
 D, F, V = 6, 10, 17
@@ -71,11 +74,11 @@ def random_weights(config: OracleConfig) -> dict[str, np.ndarray]:
     }
     return {
         name: random.normal(scale=0.7, size=shapes.get(name.split(".")[-2], (D,)))
-        for name in sorted(gemma.weight_names(config))
+        for name in sorted(weight_names(config))
     }
 
 
-def run(config: OracleConfig, tokens, *, positions=None, **options) -> gemma.OracleResult:
+def run(config: OracleConfig, tokens, *, positions=None, **options) -> OracleResult:
     tokens = np.atleast_2d(tokens)
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
@@ -137,36 +140,38 @@ def test_float32_angles_are_the_exact_ones_rounded_a_few_times():
 
 def test_rms_norm_multiplies_by_one_plus_the_weight():
     # mean(3^2, 4^2, 0, 0) = 6.25, root 2.5: 3 -> 1.2, 4 -> 1.6; gains 1.5 and 0.
-    normed = gemma.rms_norm(
-        np.array([3.0, 4.0, 0.0, 0.0]), np.array([0.5, -1.0, 7.0, 7.0]), epsilon=0.0
+    normed = elementary.rms_norm(
+        np.array([3.0, 4.0, 0.0, 0.0]), np.array([0.5, -1.0, 7.0, 7.0]), epsilon=0.0, offset=1.0
     )
     np.testing.assert_allclose(normed, [1.8, 0.0, 0.0, 0.0], atol=ROUNDING)
     # epsilon stands inside the root: 1 / sqrt(1 + 3) = 0.5.
-    halved = gemma.rms_norm(np.ones(2), np.zeros(2), epsilon=3.0)
+    halved = elementary.rms_norm(np.ones(2), np.zeros(2), epsilon=3.0, offset=1.0)
     np.testing.assert_allclose(halved, [0.5, 0.5], atol=ROUNDING)
 
 
 def test_soft_cap_bends_and_bounds():
-    assert gemma.soft_cap(np.array([50.0]), 50.0)[0] == pytest.approx(50 * math.tanh(1), abs=1e-12)
-    assert gemma.soft_cap(np.array([-1e6]), 30.0)[0] == -30.0
-    assert gemma.soft_cap(np.array([123.0]), None)[0] == 123.0
+    assert elementary.soft_cap(np.array([50.0]), 50.0)[0] == pytest.approx(
+        50 * math.tanh(1), abs=1e-12
+    )
+    assert elementary.soft_cap(np.array([-1e6]), 30.0)[0] == -30.0
+    assert elementary.soft_cap(np.array([123.0]), None)[0] == 123.0
 
 
 def test_gelu_is_the_tanh_form():
     # 0.5 (1 + tanh(0.7978845608 * 1.044715)) = 0.8411919906; the exact form gives 0.8413447461.
-    assert gemma.gelu_tanh(np.array([1.0]))[0] == pytest.approx(0.8411919906, abs=1e-10)
+    assert elementary.gelu_tanh(np.array([1.0]))[0] == pytest.approx(0.8411919906, abs=1e-10)
 
 
 def test_softmax_rows_sum_to_one_and_a_row_that_sees_nothing_is_zero():
     scores = np.array([[0.0, math.log(3.0), -np.inf], [1000.0, 1000.0, 0.0], [-np.inf] * 3])
     want = [[0.25, 0.75, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
-    np.testing.assert_allclose(gemma.softmax(scores), want, atol=ROUNDING)
+    np.testing.assert_allclose(elementary.softmax(scores), want, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("window", [1, 3, 5])
 def test_a_window_of_w_sees_w_keys_itself_included(window):
     positions = np.arange(9)[None] + 100  # counted by position, wherever the text starts
-    seen = gemma.visibility(positions, np.ones((1, 9), bool), window=window)[0]
+    seen = visibility(positions, np.ones((1, 9), bool), window=window)[0]
     np.testing.assert_array_equal(seen.sum(axis=1), np.minimum(np.arange(9) + 1, window))
     assert seen[8, 8 - window + 1]
     assert not seen[8, 8 - window]
@@ -175,7 +180,7 @@ def test_a_window_of_w_sees_w_keys_itself_included(window):
 
 def test_padding_is_seen_by_nobody():
     visible = np.array([[False, True, True]])
-    seen = gemma.visibility(np.array([[0, 0, 1]]), visible, window=None)[0]
+    seen = visibility(np.array([[0, 0, 1]]), visible, window=None)[0]
     np.testing.assert_array_equal(seen, [[0, 1, 0], [0, 1, 0], [0, 1, 1]])
 
 
@@ -247,7 +252,7 @@ def test_one_layer_equals_loops_over_heads_and_places(changes):
         before = "pre_feedforward_layernorm" if changes else "post_attention_layernorm"
         x = norm(stream, before)
         gate, up = weight("mlp.gate_proj") @ x, weight("mlp.up_proj") @ x
-        added = weight("mlp.down_proj") @ (gemma.gelu_tanh(gate) * up)
+        added = weight("mlp.down_proj") @ (elementary.gelu_tanh(gate) * up)
         stream = stream + (norm(added, "post_feedforward_layernorm") if changes else added)
         np.testing.assert_allclose(result.residuals[1][0, place], stream, atol=ROUNDING * 100)
 
@@ -440,7 +445,7 @@ def test_gemma_3_scales_positions_of_global_layers_only(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma4"}, "model_type: got 'gemma4'"),
+        ({"model_type": "llama"}, "model_type: got 'llama'"),
         ({"hidden_activation": "gelu"}, "activation: got 'gelu'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention: got True"),
         ({"layer_types": ["full_attention"]}, "expected 46 entries"),

@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 from refimpl_weights import synthetic
 
-from tests.oracle import OracleConfig, float32_angles, forward, from_hugging_face, gemma
+from tests.oracle import (
+    OracleConfig,
+    OracleResult,
+    float32_angles,
+    forward,
+    from_hugging_face,
+    gemma,
+)
+from tests.oracle.attention import KeysAndValues
+from tests.oracle.elementary import soft_cap
 from tests.oracle.rope import AngleFunction, exact_angles
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
@@ -39,7 +48,7 @@ class Case:
         self.logits = golden[f"{case}.float32.logits"].astype(np.float64)
         self.max_scores = golden[f"{case}.float32.max_score"]
 
-    def run(self, name: str, angle_function: AngleFunction) -> gemma.OracleResult:
+    def run(self, name: str, angle_function: AngleFunction) -> OracleResult:
         config, weights = model(name)
         return forward(
             config,
@@ -52,7 +61,7 @@ class Case:
 
     def difference(self, got: np.ndarray, want: np.ndarray) -> float:
         """Largest difference at a real token, over the root mean square or one."""
-        got, want = got[self.visible], want[self.visible]
+        got, want = got[..., self.visible, :], want[..., self.visible, :]
         return float(np.abs(got - want).max() / max(1.0, np.sqrt(np.mean(got**2))))
 
 
@@ -102,15 +111,17 @@ def test_each_layer_given_the_stream_before_it(name, case):
     """No error of an earlier layer hides or excuses one of a later layer here."""
     golden = Case(name, case)
     config, weights = model(name)
-    for index, layer in enumerate(config.layers):
-        angles = float32_angles(
-            golden.positions, layer.head_width, base=layer.rope_base, factor=layer.rope_factor
-        )
-        seen = gemma.visibility(golden.positions, golden.visible, window=layer.window)
-        own = gemma.layer_weights(weights, index)
-        got, _ = gemma.block(
-            layer, own, golden.residuals[index], angles, seen, epsilon=config.norm_epsilon
-        )
+    current, _ = gemma.begin(
+        config,
+        weights,
+        golden.tokens,
+        golden.positions,
+        visible=golden.visible,
+        angle_function=float32_angles,
+    )
+    read: dict[int, KeysAndValues] = {}
+    for index in range(len(config.layers)):
+        got, _, read[index] = gemma.run_layer(current, index, golden.residuals[index], read)
         assert golden.difference(got, golden.residuals[index + 1]) < ONE_LAYER
 
     logits = gemma.logits_of(config, weights, golden.residuals[-1])
@@ -125,7 +136,7 @@ def test_largest_score_of_each_layer(name, case):
     config, _ = model(name)
     # The goldens hold scores in front of the cap, which grows with what it caps.
     want = [
-        gemma.soft_cap(score, layer.score_cap)
+        soft_cap(score, layer.score_cap)
         for layer, score in zip(config.layers, golden.max_scores.astype(np.float64), strict=True)
     ]
     got = [np.abs(score[np.isfinite(score)]).max() for score in scores]

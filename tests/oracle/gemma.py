@@ -1,34 +1,72 @@
-"""The forward pass of Gemma 1, 2, 3 and VaultGemma, in float64, from the published formulas.
+"""The forward pass of the Gemma text models, in float64, from the published formulas.
 
-Sources: the Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786) and the papers named at each
-function. Everything is computed and kept in float64 and nothing is rounded on the way, so the only
-disagreement with a float32 implementation of the same function is that implementation's rounding.
+Sources: the Gemma reports (arXiv 2403.08295, 2408.00118, 2503.19786), the papers named at each
+function, and for Gemma 3n and 4 the published code. Everything is computed and kept in float64 and
+nothing is rounded on the way, so the only disagreement with a float32 implementation of the same
+function is that implementation's rounding.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from tests.oracle.altup import correct, laurel, merge_streams, predict, split_stream
 from tests.oracle.arrays import Booleans, Floats, Integers
+from tests.oracle.attention import KeysAndValues, attention, keys_and_values, visibility
 from tests.oracle.config import LayerConfig, OracleConfig
-from tests.oracle.rope import AngleFunction, exact_angles, rotate
-
-# Named as in Hugging Face's files, less the prefix ("model." or its like): "norm.weight".
-Weights = Mapping[str, np.ndarray]
-
-einsum = partial(np.einsum, optimize=True)  # optimize: through matrix products where it can
+from tests.oracle.elementary import Norm, einsum, rms_norm, soft_cap
+from tests.oracle.feed_forward import feed_forward
+from tests.oracle.names import Weights, check_names, layer_weights
+from tests.oracle.per_layer_inputs import per_layer_addition, per_layer_inputs
+from tests.oracle.rope import AngleFunction, exact_angles
 
 
 class OracleResult(NamedTuple):
     """logits [b t v]; residuals: the scaled embedding, then the stream after each layer, each
-    [b t d], before the final norm; scores: of each layer, scaled, capped and masked, [b n t s].
+    [b t d] (with AltUp all the streams [i b t d], also in front of layer 0), before the final norm;
+    scores: of each layer, scaled, capped and masked, [b n t s].
     """
 
     logits: Floats
     residuals: list[Floats]
     scores: list[Floats]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What does not change from layer to layer: positions [b t], visible [b t] (False: padding),
+    and what each layer is told of its tokens, [l b t p], where the model does that.
+    """
+
+    config: OracleConfig
+    weights: Weights
+    positions: Integers
+    visible: Booleans
+    told: Floats | None
+    angle_function: AngleFunction
+
+
+class LayerInputs(NamedTuple):
+    """What a layer is given beside its stream: angles [b t h/2] turn queries and keys; seen
+    [b t s] says which keys each query sees; told [b t p] is its part of `Pass.told`.
+    """
+
+    angles: Floats
+    seen: Booleans
+    donated: KeysAndValues | None
+    told: Floats | None
+    norm: Norm
+
+
+class LayerOutputs(NamedTuple):
+    """stream [b t d] or [i b t d]; scores [b n t s]; the keys and values that were read."""
+
+    stream: Floats
+    scores: Floats
+    read: KeysAndValues
 
 
 def forward(
@@ -47,10 +85,32 @@ def forward(
     one place where float32 programs differ from this one by more than a few roundings.
 
     Raises:
-        ValueError: the weights are not exactly those the configuration asks for, or an id lies
-            outside the vocabulary.
+        ValueError: the weights are not those the configuration asks for, or an id lies outside the
+            vocabulary.
     """
-    _check_names(config, weights)
+    current, stream = begin(
+        config, weights, tokens, positions, visible=visible, angle_function=angle_function
+    )
+    residuals, scores = [stream], []
+    read: dict[int, KeysAndValues] = {}
+    for index in range(len(config.layers)):
+        stream, layer_scores, read[index] = run_layer(current, index, stream, read)
+        residuals.append(stream)
+        scores.append(layer_scores)
+    return OracleResult(logits_of(config, weights, stream), residuals, scores)
+
+
+def begin(
+    config: OracleConfig,
+    weights: Weights,
+    tokens: Integers,
+    positions: Integers,
+    *,
+    visible: Booleans | None = None,
+    angle_function: AngleFunction = exact_angles,
+) -> tuple[Pass, Floats]:
+    """What precedes the first layer: the pass, and the stream. Arguments as in `forward`."""
+    check_names(config, weights)
     table = weights["embed_tokens.weight"]
     if tokens.min() < 0 or tokens.max() >= len(table):
         raise ValueError(f"ids: got {tokens.min()}..{tokens.max()}, expected 0..{len(table) - 1}")
@@ -58,134 +118,96 @@ def forward(
         visible = np.ones(tokens.shape, np.bool_)
 
     stream = np.asarray(table[tokens], np.float64) * np.sqrt(table.shape[1])
+    told = None
+    if config.has_per_layer_inputs:
+        layers, norm = len(config.layers), norm_of(config)
+        told = per_layer_inputs(weights, tokens, stream, layers=layers, norm=norm)
+    if config.streams > 1:
+        stream = split_stream(weights, stream, streams=config.streams)
+    return Pass(config, weights, positions, visible, told, angle_function), stream
 
-    residuals, scores = [stream], []
-    for index, layer in enumerate(config.layers):
-        own = layer_weights(weights, index)
-        angles = angle_function(
-            positions, layer.head_width, base=layer.rope_base, factor=layer.rope_factor
-        )
-        seen = visibility(positions, visible, window=layer.window)
-        stream, layer_scores = block(layer, own, stream, angles, seen, epsilon=config.norm_epsilon)
-        residuals.append(stream)
-        scores.append(layer_scores)
 
-    return OracleResult(logits_of(config, weights, stream), residuals, scores)
+def run_layer(
+    current: Pass, index: int, stream: Floats, read: Mapping[int, KeysAndValues]
+) -> LayerOutputs:
+    """Layer `index` on the stream before it, and on what the layers before it have read."""
+    layer = current.config.layers[index]
+    given = LayerInputs(
+        angles=current.angle_function(
+            current.positions,
+            layer.head_width,
+            base=layer.rope_base,
+            factor=layer.rope_factor,
+            proportion=layer.rope_proportion,
+        ),
+        seen=visibility(current.positions, current.visible, window=layer.window),
+        donated=None if layer.donor is None else read[layer.donor],
+        told=None if current.told is None else current.told[index],
+        norm=norm_of(current.config),
+    )
+    return block(layer, layer_weights(current.weights, index), stream, given)
+
+
+def block(layer: LayerConfig, weights: Weights, stream: Floats, given: LayerInputs) -> LayerOutputs:
+    """One decoder layer.
+
+    Pre-norm residual branches; Gemma 2 and later also normalise what a branch adds (Gemma 2 report,
+    section 2). With AltUp the branches work on one stream of several.
+    """
+
+    def norm(x: Floats, name: str | None) -> Floats:
+        return x if name is None else given.norm(x, weights[f"{name}.weight"])
+
+    predicted = None if layer.streams == 1 else predict(weights, stream, norm=given.norm)
+    before = stream if predicted is None else predicted[0]
+
+    x = norm(before, "input_layernorm")
+    read = given.donated
+    if read is None:
+        read = keys_and_values(layer, weights, x, given.angles, norm=given.norm)
+    attended, scores = attention(layer, weights, x, read, given.angles, given.seen, norm=given.norm)
+    after = before + norm(attended, layer.norm_after_attention)
+    if layer.has_laurel:
+        after = (after + laurel(weights, x, norm=given.norm)) / np.sqrt(2.0)
+
+    made = feed_forward(layer, weights, after, norm=given.norm)
+    after = after + norm(made, layer.norm_after_mlp)
+
+    if predicted is not None:
+        after = correct(weights, predicted, after, norm=given.norm)
+    if given.told is not None:
+        after = add_what_was_told(layer, weights, after, given.told, norm=given.norm)
+    if layer.has_scalar:
+        after = after * weights["layer_scalar"]
+    return LayerOutputs(after, scores, read)
+
+
+def add_what_was_told(
+    layer: LayerConfig, weights: Weights, stream: Floats, told: Floats, *, norm: Norm
+) -> Floats:
+    """The stream with the layer's per-layer input told [b t p] added.
+
+    Of several streams the first says, scaled, what is let in, and only the others receive it.
+    """
+    if layer.streams == 1:
+        return stream + per_layer_addition(weights, stream, told, norm=norm)
+    first, others = stream[:1], stream[1:]
+    asking = first[0] * weights["altup.correct_output_scale"]
+    return np.concatenate([first, others + per_layer_addition(weights, asking, told, norm=norm)])
 
 
 def logits_of(config: OracleConfig, weights: Weights, stream: Floats) -> Floats:
-    """Logits [b t v] from the stream [b t d] after the last layer."""
-    x = rms_norm(stream, weights["norm.weight"], epsilon=config.norm_epsilon)
+    """Logits [b t v] from the stream after the last layer, [b t d] or, with AltUp, [i b t d]."""
+    x = merge_streams(weights, stream) if config.streams > 1 else stream
+    x = norm_of(config)(x, weights["norm.weight"])
     tied = weights["embed_tokens.weight"]
     head = np.asarray(weights.get("lm_head.weight", tied), np.float64)
     return soft_cap(einsum("btd,vd->btv", x, head), config.logit_cap)
 
 
-def block(
-    layer: LayerConfig,
-    weights: Weights,
-    stream: Floats,
-    angles: Floats,
-    seen: Booleans,
-    *,
-    epsilon: float,
-) -> tuple[Floats, Floats]:
-    """One decoder layer: (stream [b t d] after it, its scores [b n t s]).
-
-    angles [b t h/2] turn queries and keys; seen [b t s] says which keys each query sees.
-    Pre-norm residual branches; Gemma 2 and 3 also normalise what a branch adds (Gemma 2 report,
-    section 2).
-    """
-
-    def norm(x: Floats, name: str | None) -> Floats:
-        return x if name is None else rms_norm(x, weights[f"{name}.weight"], epsilon=epsilon)
-
-    x = norm(stream, "input_layernorm")
-    x, scores = attention(layer, weights, x, angles, seen, epsilon=epsilon)
-    stream = stream + norm(x, layer.norm_after_attention)
-
-    x = norm(stream, layer.norm_before_mlp)
-    x = gated_mlp(weights, x)
-    return stream + norm(x, layer.norm_after_mlp), scores
-
-
-def attention(
-    layer: LayerConfig,
-    weights: Weights,
-    x: Floats,
-    angles: Floats,
-    seen: Booleans,
-    *,
-    epsilon: float,
-) -> tuple[Floats, Floats]:
-    """Grouped-query attention (arXiv 2305.13245): (output [b t d], scores [b n t s]).
-
-    Query head j reads key/value head j // g. Queries and keys are normalised before they are
-    rotated (Gemma 3); scores are scaled, then capped (Gemma 2), then masked.
-    """
-    b, t, d = x.shape
-    n, k, h = layer.heads, layer.kv_heads, layer.head_width
-
-    query = einsum("btd,nhd->btnh", x, weights["self_attn.q_proj.weight"].reshape(n, h, d))
-    key = einsum("bsd,khd->bskh", x, weights["self_attn.k_proj.weight"].reshape(k, h, d))
-    value = einsum("bsd,khd->bskh", x, weights["self_attn.v_proj.weight"].reshape(k, h, d))
-    if layer.normalizes_queries_and_keys:
-        query = rms_norm(query, weights["self_attn.q_norm.weight"], epsilon=epsilon)
-        key = rms_norm(key, weights["self_attn.k_norm.weight"], epsilon=epsilon)
-    query, key = rotate(query, angles), rotate(key, angles)
-
-    query = query.reshape(b, t, k, n // k, h)
-    scores = einsum("btkgh,bskh->bkgts", query, key) * layer.query_scale
-    scores = soft_cap(scores, layer.score_cap)
-    scores = np.where(seen[:, None, None], scores, -np.inf)
-
-    mixed = einsum("bkgts,bskh->btkgh", softmax(scores), value).reshape(b, t, n, h)
-    output = einsum("btnh,dnh->btd", mixed, weights["self_attn.o_proj.weight"].reshape(d, n, h))
-    return output, scores.reshape(b, n, t, t)
-
-
-def visibility(positions: Integers, visible: Booleans, *, window: int | None) -> Booleans:
-    """Which keys each query sees, [b t s], from positions [b t] and visible [b t].
-
-    Position p sees p - window + 1 .. p: `window` keys, itself included. Without a window: 0 .. p.
-    """
-    distance = positions[:, :, None] - positions[:, None, :]
-    seen = (distance >= 0) & visible[:, None, :]
-    return seen if window is None else seen & (distance < window)
-
-
-def gated_mlp(weights: Weights, x: Floats) -> Floats:
-    """down(gelu(gate x) * up x) of x [b t d], the GeGLU of arXiv 2002.05202 without biases."""
-    gate = einsum("btd,fd->btf", x, weights["mlp.gate_proj.weight"])
-    up = einsum("btd,fd->btf", x, weights["mlp.up_proj.weight"])
-    return einsum("btf,df->btd", gelu_tanh(gate) * up, weights["mlp.down_proj.weight"])
-
-
-def gelu_tanh(x: Floats) -> Floats:
-    """The tanh approximation of arXiv 1606.08415, which Gemma was trained with."""
-    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def rms_norm(x: Floats, weight: np.ndarray, *, epsilon: float) -> Floats:
-    """x / sqrt(mean(x^2) + epsilon) * (1 + weight) over the last axis (arXiv 1910.07467).
-
-    Gemma 1 to 3 store the gain's difference from one; no released file stores the gain itself.
-    """
-    mean_square = np.mean(x**2, axis=-1, keepdims=True)
-    return x / np.sqrt(mean_square + epsilon) * (1.0 + np.asarray(weight, np.float64))
-
-
-def soft_cap(x: Floats, cap: float | None) -> Floats:
-    """cap * tanh(x / cap) (Gemma 2 report, section 2), or x where the model has no cap."""
-    return x if cap is None else cap * np.tanh(x / cap)
-
-
-def softmax(scores: Floats) -> Floats:
-    """Softmax over the last axis. A row of -inf alone (a query that sees nothing) gives zeros."""
-    top = scores.max(axis=-1, keepdims=True)
-    exponentials = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
-    total = exponentials.sum(axis=-1, keepdims=True)
-    return exponentials / np.where(total == 0.0, 1.0, total)
+def norm_of(config: OracleConfig) -> Norm:
+    """The model's own kind of norm."""
+    return partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
 
 
 def log_probabilities(logits: Floats, tokens: Integers) -> Floats:
@@ -207,36 +229,3 @@ def sample_greedy(
         logits = forward(config, weights, tokens[None], np.arange(len(tokens))[None]).logits
         tokens = np.append(tokens, np.argmax(logits[0, -1]))
     return tokens[len(prompt) :]
-
-
-def weight_names(config: OracleConfig) -> set[str]:
-    """Every weight a model of this configuration has (a tied head is no weight of its own)."""
-    names = {"embed_tokens.weight", "norm.weight"}
-    for index, layer in enumerate(config.layers):
-        modules = ["input_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-        modules += [f"self_attn.{which}_proj" for which in "qkvo"]
-        if layer.normalizes_queries_and_keys:
-            modules += ["self_attn.q_norm", "self_attn.k_norm"]
-        norms = (layer.norm_after_attention, layer.norm_before_mlp, layer.norm_after_mlp)
-        modules += [norm for norm in norms if norm is not None]
-        names |= {f"layers.{index}.{module}.weight" for module in modules}
-    return names
-
-
-def layer_weights(weights: Weights, index: int) -> dict[str, Floats]:
-    """One layer's weights in float64, named within the layer; never the whole model at once."""
-    prefix = f"layers.{index}."
-    return {
-        name.removeprefix(prefix): np.asarray(value, np.float64)
-        for name, value in weights.items()
-        if name.startswith(prefix)
-    }
-
-
-def _check_names(config: OracleConfig, weights: Weights) -> None:
-    expected, got = weight_names(config), set(weights) - {"lm_head.weight"}
-    if got != expected:
-        raise ValueError(
-            f"weights: missing {sorted(expected - got)}, not understood {sorted(got - expected)}; "
-            "the names are Hugging Face's without the prefix before 'layers.'"
-        )

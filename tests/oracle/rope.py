@@ -10,16 +10,27 @@ from tests.oracle.arrays import Floats, Integers
 class AngleFunction(Protocol):
     """Angles [b t h/2] at positions [b t] for heads of width h: pair i turns by the i-th."""
 
-    def __call__(self, positions: Integers, h: int, /, *, base: float, factor: float) -> Floats: ...
+    def __call__(
+        self, positions: Integers, h: int, /, *, base: float, factor: float, proportion: float = 1.0
+    ) -> Floats: ...
 
 
-def exact_angles(positions: Integers, h: int, /, *, base: float, factor: float) -> Floats:
-    """position / factor * base^(-2i/h); the factor is position interpolation (arXiv 2306.15595)."""
-    frequencies = base ** (-2.0 * np.arange(h // 2) / h)
+def exact_angles(
+    positions: Integers, h: int, /, *, base: float, factor: float, proportion: float = 1.0
+) -> Floats:
+    """position / factor * base^(-2i/h); the factor is position interpolation (arXiv 2306.15595).
+
+    Only the first floor(proportion * h / 2) pairs turn, as fast as if all did; the angle of the
+    others is zero everywhere (Gemma 4).
+    """
+    pair = np.arange(h // 2)
+    frequencies = np.where(pair < _turning(h, proportion), base ** (-2.0 * pair / h), 0.0)
     return positions[..., None] / factor * frequencies
 
 
-def float32_angles(positions: Integers, h: int, /, *, base: float, factor: float) -> Floats:
+def float32_angles(
+    positions: Integers, h: int, /, *, base: float, factor: float, proportion: float = 1.0
+) -> Floats:
     """The same with every operation rounded to float32, in the order that Hugging Face has them:
     position * ((1 / base^(2i/h)) / factor).
 
@@ -33,7 +44,13 @@ def float32_angles(positions: Integers, h: int, /, *, base: float, factor: float
     # Through float64, because a float32 power is rounded differently by different processors.
     powers = (base ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = one / powers / np.float32(factor)
+    frequencies[_turning(h, proportion) :] = 0.0
     return (positions[..., None].astype(np.float32) * frequencies).astype(np.float64)
+
+
+def _turning(h: int, proportion: float) -> int:
+    """How many of the h/2 pairs turn."""
+    return int(proportion * h // 2)
 
 
 def rotate(x: Floats, angles: Floats) -> Floats:
