@@ -318,7 +318,7 @@ def test_what_stands_around_a_nested_decoder():
         ({}, "model_type must be one of"),
         ({"model_type": "llama"}, "got 'llama'"),
         ({"model_type": ["gemma"]}, "got ['gemma']"),
-        ({"model_type": "gemma3n_text", **SIZES}, "got 'gemma3n_text'"),
+        ({"model_type": "gemma3n_audio", **SIZES}, "got 'gemma3n_audio'"),
         ({"model_type": "gemma3"}, "must hold a text_config object, got None"),
         ({"model_type": "gemma3", "text_config": [1]}, "must hold a text_config object, got [1]"),
         (

@@ -1,13 +1,14 @@
-"""What may stand in Hugging Face's `config.json`: its keys, their kinds and their defaults.
+"""What may stand in Hugging Face's `config.json`: its keys and their kinds.
 
-Owns the tables and the refusal of whatever is not in them; `hf_config.py` turns what is left into a
+Owns the tables of what all families share and the refusal of whatever is in no table;
+`hf_families.py` has what each family adds, and `hf_config.py` turns what is left into a
 `GemmaConfig`. A key is read, known not to matter to the forward pass, or an error.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
+from refimpl.model.hf_families import HfFamily
 from refimpl.model.value_kinds import (
     BOOLEAN,
     IDS,
@@ -20,61 +21,15 @@ from refimpl.model.value_kinds import (
     kind_faults,
 )
 
-# Absent keys have the defaults of transformers' configuration classes, because released files rely
-# on them: Gemma 3 4B's own file states neither its heads nor its vocabulary. Sizes without a
-# default are those that every file states. From transformers 5.23, models/*/configuration_*.py.
-_COMMON_DEFAULTS = {
-    "head_dim": 256,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "tie_word_embeddings": True,
-    "rope_theta": 10_000.0,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-}
-_GEMMA2_DEFAULTS = {
-    **_COMMON_DEFAULTS,
-    "vocab_size": 256_000,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 8192,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "sliding_window_pattern": 2,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-}
-DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "gemma": {
-            **_COMMON_DEFAULTS,
-            "vocab_size": 256_000,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "max_position_embeddings": 8192,
-            "sliding_window_pattern": 1,
-        },
-        "gemma2": _GEMMA2_DEFAULTS,
-        "vaultgemma": _GEMMA2_DEFAULTS,
-        "gemma3_text": {
-            **_COMMON_DEFAULTS,
-            "vocab_size": 262_208,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 131_072,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 6,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-        },
-    }
-)
 _STATED = ("hidden_size", "intermediate_size", "num_hidden_layers")
 # A null means the default everywhere but here, where it switches something off.
-_NULL_IS_OFF = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
+_NULL_IS_OFF = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+    "hidden_size_per_layer_input",
+    "per_layer_config",
+)
 
 _READ: dict[str, Kind] = {
     "model_type": TEXT,
@@ -103,18 +58,6 @@ _READ: dict[str, Kind] = {
     "attn_logit_softcapping": NUMBER,
     "final_logit_softcapping": NUMBER,
 }
-# Keys above that a family's class in transformers passes over, so that a file which sets one to
-# anything but what holds anyway means something else than what transformers computes.
-_ALIEN = {
-    "gemma": {
-        "rope_local_base_freq", "query_pre_attn_scalar", "sliding_window",
-        "sliding_window_pattern", "_sliding_window_pattern", "layer_types",
-        "attn_logit_softcapping", "final_logit_softcapping",
-    },
-    "gemma2": {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
-    "vaultgemma": {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
-    "gemma3_text": set(),
-}  # fmt: skip
 # Training, generation and bookkeeping: none changes what the decoder computes.
 _IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
@@ -124,7 +67,7 @@ _IGNORED = {
     "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 # Keys that change the function, with the only values that leave it the one we compute.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+_DEMANDED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "use_bidirectional_attention": (False, None),
     "quantization_config": (None,),
@@ -134,47 +77,67 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),
 }
 
-# What stands around a text decoder in a multimodal file. Its images' sizes and ids are not ours.
+# What stands around a text decoder in a multimodal file. Images' and sounds' sizes and ids are not
+# ours.
 OUTER_READ = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
 _OUTER_IGNORED = _IGNORED | {
     "model_type", "text_config", "vision_config", "mm_tokens_per_image", "boi_token_index",
     "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id", "image_token_id",
 }  # fmt: skip
+_OUTER_IGNORED_WITH_SOUND = _OUTER_IGNORED | {
+    "audio_config", "audio_token_id", "audio_soft_tokens_per_image", "boa_token_id",
+    "eoa_token_id", "eoa_token_index", "video_token_id", "vision_soft_tokens_per_image",
+}  # fmt: skip
 
 
-def text_faults(text: Mapping[str, Any], family: str) -> list[str]:
+def text_faults(text: Mapping[str, Any], family: HfFamily) -> list[str]:
     """Everything in a text decoder's object that we cannot carry, one line each."""
+    kinds = {**_READ, **family.kinds}
+    demanded = {**_DEMANDED, **family.demanded}
     missing = [f"{key} is missing" for key in _STATED if text.get(key) is None]
-    default = DEFAULTS[family].get
-    alien = {
-        key for key in _ALIEN[family] if text.get(key) not in (None, default(key.removeprefix("_")))
-    }
-    unknown = (set(text) - set(_READ) - _IGNORED - set(_REQUIRED)) | alien
-    return missing + kind_faults(text, _READ) + _value_faults(text) + _unknown_fault(unknown)
+    known = {*kinds, *demanded, *_IGNORED, *family.ignored}
+    unknown = (set(text) - known) | _passed_over(text, family)
+    return missing + kind_faults(text, kinds) + _demand_faults(text, demanded) + _unknown(unknown)
 
 
-def outer_faults(config: Mapping[str, Any]) -> list[str]:
+def outer_faults(config: Mapping[str, Any], family: HfFamily) -> list[str]:
     """The same for the object around a text decoder."""
     kinds = {key: _READ[key] for key in OUTER_READ}
-    unknown = set(config) - set(OUTER_READ) - _OUTER_IGNORED - set(_REQUIRED)
-    return kind_faults(config, kinds) + _value_faults(config) + _unknown_fault(unknown)
+    demanded = {**_DEMANDED, **family.demanded}
+    ignored = _OUTER_IGNORED if family.outer == "gemma3" else _OUTER_IGNORED_WITH_SOUND
+    unknown = set(config) - set(OUTER_READ) - ignored - set(demanded)
+    return kind_faults(config, kinds) + _demand_faults(config, demanded) + _unknown(unknown)
 
 
-def filled(text: Mapping[str, Any], family: str) -> dict[str, Any]:
+def filled(text: Mapping[str, Any], family: HfFamily) -> dict[str, Any]:
     """A text decoder's values, where absent with the family's default."""
     given = {k: v for k, v in text.items() if v is not None or k in _NULL_IS_OFF}
-    return {**DEFAULTS[family], **given}
+    return {**family.defaults, **given}
 
 
-def _value_faults(values: Mapping[str, Any]) -> list[str]:
+def _passed_over(text: Mapping[str, Any], family: HfFamily) -> set[str]:
+    """Keys that the family's class does not read, set to something that would matter."""
+    default = family.defaults.get
+    strange = {
+        key
+        for key in family.passed_over
+        if text.get(key) not in (None, default(key.removeprefix("_")))
+    }
+    if text.get("layer_types") is not None:
+        # Every layer is named, so that no pattern decides anything.
+        strange -= {"sliding_window_pattern", "_sliding_window_pattern"}
+    return strange
+
+
+def _demand_faults(values: Mapping[str, Any], demanded: Mapping[str, tuple[Any, ...]]) -> list[str]:
     return [
         f"{key} must be {' or '.join(map(repr, allowed))}, got {values[key]!r:.80}"
-        for key, allowed in _REQUIRED.items()
+        for key, allowed in demanded.items()
         if key in values and values[key] not in allowed
     ]
 
 
-def _unknown_fault(keys: set[str]) -> list[str]:
+def _unknown(keys: set[str]) -> list[str]:
     if not keys:
         return []
     return [

@@ -52,6 +52,10 @@ def _are_ids(value: Any) -> bool:
     return all(_is_integer(item) for item in (value if isinstance(value, list) else [value]))
 
 
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(item) for item in value)
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
@@ -62,6 +66,8 @@ BOOLEAN = Kind("true or false", _is_boolean)
 TEXT = Kind("a text", _is_text)
 TEXTS = Kind("a list of texts", _are_texts)
 IDS = Kind("an id or a list of ids", _are_ids)
+SIZES = Kind("an integer or a list of integers", _are_ids)
+NUMBERS = Kind("a list of finite numbers", _are_numbers)
 OBJECT = Kind("an object", _is_object)
 
 
