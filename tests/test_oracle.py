@@ -21,10 +21,9 @@ from tests.oracle import (
 )
 from tests.oracle.attention import visibility
 from tests.oracle.config import LayerConfig, OracleConfig
-from tests.oracle.names import weight_names
+from tests.oracle.random_weights import random_weights
 
 ROUNDING = 1e-12
-D, F, V = 6, 10, 17
 LAYER = LayerConfig(
     heads=4,
     kv_heads=2,
@@ -54,28 +53,6 @@ def layer(**changes) -> LayerConfig:
 
 def model(*layers: LayerConfig, logit_cap: float | None = None) -> OracleConfig:
     return OracleConfig(layers, norm_epsilon=1e-6, logit_cap=logit_cap)
-
-
-def random_weights(config: OracleConfig) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    own = config.layers[0]
-    queries, keys = own.heads * own.head_width, own.kv_heads * own.head_width
-    shapes = {
-        "embed_tokens": (V, D),
-        "q_proj": (queries, D),
-        "k_proj": (keys, D),
-        "v_proj": (keys, D),
-        "o_proj": (D, queries),
-        "gate_proj": (F, D),
-        "up_proj": (F, D),
-        "down_proj": (D, F),
-        "q_norm": (own.head_width,),
-        "k_norm": (own.head_width,),
-    }
-    return {
-        name: random.normal(scale=0.7, size=shapes.get(name.split(".")[-2], (D,)))
-        for name in sorted(weight_names(config))
-    }
 
 
 def run(config: OracleConfig, tokens, *, positions=None, **options) -> OracleResult:

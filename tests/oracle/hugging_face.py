@@ -247,6 +247,7 @@ def _refuse_what_is_not_computed(config: Config) -> None:
         "attention_bias": (None, False),
         # "vision" lets the tokens of one image see each other; text has none.
         "use_bidirectional_attention": (None, False, "vision"),
+        "attention_use_bidirectional": (None, False, "vision"),  # an older spelling
         "altup_active_idx": (None, 0),
         "altup_correct_scale": (None, True),
     }
