@@ -247,7 +247,7 @@ TINY_NEWER: Mapping[str, dict[str, Any]] = MappingProxyType({
         "initializer_range": 0.02,
         "model_type": "gemma3n",
         "text_config": {
-            **_COMMON, **_GELU, **_sizes(hidden=32, ffn=48, layers=6, kv_heads=2),
+            **_COMMON, **_GELU, **_sizes(hidden=32, ffn=128, layers=6, kv_heads=2),
             "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
             "altup_active_idx": 0,
             "altup_coef_clip": 120.0,
@@ -255,7 +255,7 @@ TINY_NEWER: Mapping[str, dict[str, Any]] = MappingProxyType({
             "altup_num_inputs": 4,
             "final_logit_softcapping": 30.0,
             "hidden_size_per_layer_input": 8,
-            "intermediate_size": [48] * 6,
+            "intermediate_size": [128] * 6,
             "laurel_rank": 4,
             "layer_types": [_LOCAL, _LOCAL, _GLOBAL] * 2,
             "model_type": "gemma3n_text",

@@ -75,22 +75,27 @@ def foreign(config: Config) -> Iterator[Drawn]:
 
 def _layer(config: Config, layer: int) -> Iterator[Drawn]:
     d = config["hidden_size"]
-    yield norm("input_layernorm.weight", d, centre=1.0)
+    # What a layer adds stays small beside the stream, or rounding errors grow with every layer:
+    # less from each branch where there are three, and less of the normed input where Gemma 3n's
+    # low-rank residual adds it to the stream.
+    ple = config.get("hidden_size_per_layer_input")
+    branch = 0.25 if ple else 0.35
+    yield norm("input_layernorm.weight", d, centre=0.7 if "laurel_rank" in config else 1.0)
     yield from _attention(config, layer)
-    yield norm("post_attention_layernorm.weight", d, centre=0.6)
+    yield norm("post_attention_layernorm.weight", d, centre=branch)
     yield norm("pre_feedforward_layernorm.weight", d, centre=1.0)
     yield from _feed_forward(config, layer)
-    yield norm("post_feedforward_layernorm.weight", d, centre=0.6)
+    yield norm("post_feedforward_layernorm.weight", d, centre=branch)
     if config.get("enable_moe_block"):
         yield from _experts(config)
-    if ple := config.get("hidden_size_per_layer_input"):
-        yield matrix("per_layer_input_gate.weight", ple, d, gain=1.2)
+    if ple:
+        yield matrix("per_layer_input_gate.weight", ple, d, gain=0.8)
         yield matrix("per_layer_projection.weight", d, ple)
-        yield norm("post_per_layer_input_norm.weight", d, centre=0.6)
+        yield norm("post_per_layer_input_norm.weight", d, centre=branch)
     if "altup_num_inputs" in config:
         yield from _altup(config)
     else:
-        yield Drawn("layer_scalar", (1,), 0.8, 0.15)
+        yield Drawn("layer_scalar", (1,), 0.9, 0.15)
 
 
 def _attention(config: Config, layer: int) -> Iterator[Drawn]:
@@ -104,7 +109,7 @@ def _attention(config: Config, layer: int) -> Iterator[Drawn]:
         yield matrix("self_attn.v_proj.weight", k * h, d)
     yield matrix("self_attn.o_proj.weight", d, n * h)
     yield norm("self_attn.q_norm.weight", h, centre=1.0)
-    yield norm("self_attn.k_norm.weight", h, centre=0.5, spread=0.25)
+    yield norm("self_attn.k_norm.weight", h, centre=0.3, spread=0.1)
 
 
 def _key_value_shape(config: Config, layer: int) -> tuple[int, int]:
@@ -133,14 +138,15 @@ def _feed_forward(config: Config, layer: int) -> Iterator[Drawn]:
 def _experts(config: Config) -> Iterator[Drawn]:
     """The router, the experts (gate rows in front of up rows) and the norms around them."""
     d, f, experts = (config[key] for key in ("hidden_size", "moe_intermediate_size", "num_experts"))
-    # The router's input is divided by sqrt(d) twice; logits shall have a spread of about 2.
-    yield matrix("router.proj.weight", experts, d, gain=2.0 * math.sqrt(d))
-    yield norm("router.scale", d, centre=1.0)
+    # The router divides its normed input by sqrt(d). With logits this far apart, no token of the
+    # golden cases is torn between two experts.
+    yield matrix("router.proj.weight", experts, d, gain=3.0 * math.sqrt(d))
+    yield norm("router.scale", d, centre=1.0, spread=0.6)
     yield norm("router.per_expert_scale", experts, centre=1.0)
     yield Drawn("experts.gate_up_proj", (experts, 2 * f, d), 0.0, 1.2 * math.sqrt(3.0 / d))
     yield Drawn("experts.down_proj", (experts, d, f), 0.0, math.sqrt(3.0 / f))
-    yield norm("post_feedforward_layernorm_1.weight", d, centre=0.6)
-    yield norm("post_feedforward_layernorm_2.weight", d, centre=0.6)
+    yield norm("post_feedforward_layernorm_1.weight", d, centre=0.35)
+    yield norm("post_feedforward_layernorm_2.weight", d, centre=0.35)
     yield norm("pre_feedforward_layernorm_2.weight", d, centre=1.0)
 
 
@@ -148,11 +154,11 @@ def _altup(config: Config) -> Iterator[Drawn]:
     """Alternating updates of the streams, and the low-rank residual beside attention."""
     d, streams, rank = (config[key] for key in ("hidden_size", "altup_num_inputs", "laurel_rank"))
     yield norm("altup.correct_output_scale", d, centre=0.8)
-    yield matrix("altup.correction_coefs.weight", streams, streams, gain=0.6)
-    yield matrix("altup.prediction_coefs.weight", streams**2, streams, gain=0.4)
+    yield matrix("altup.correction_coefs.weight", streams, streams, gain=0.3)
+    yield matrix("altup.prediction_coefs.weight", streams**2, streams, gain=0.15)
     # The router's input is divided by d; its tanh shall bend.
     yield matrix("altup.modality_router.weight", streams, d, gain=0.8 * d)
     yield norm("altup.router_norm.weight", d, centre=1.0)
     yield matrix("laurel.linear_left.weight", rank, d)
     yield matrix("laurel.linear_right.weight", d, rank)
-    yield norm("laurel.post_laurel_norm.weight", d, centre=0.6)
+    yield norm("laurel.post_laurel_norm.weight", d, centre=0.25)
