@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
-every_model = pytest.mark.parametrize("name", list(synthetic.TINY))
+CONFIGS = {**synthetic.TINY, **synthetic.TINY_NEWER}
+every_model = pytest.mark.parametrize("name", list(CONFIGS))
+every_newer_model = pytest.mark.parametrize("name", list(synthetic.TINY_NEWER))
 
 # Counted by hand from the shapes that Hugging Face's classes give these configurations: decoder
 # tensors, and numbers in them.
@@ -39,6 +41,50 @@ SIZES = {
     "gemma3_multimodal": (
         1 + 7 * 13 + 1,
         576 * 32 + 7 * (2 * 64 * 32 + 2 * 32 * 32 + 3 * 64 * 32 + 4 * 32 + 2 * 16) + 32,
+    ),
+    # Five local layers and two global ones without values; then what all seven have alike.
+    "gemma4": (
+        1 + 5 * 14 + 2 * 13 + 1,
+        512 * 40
+        + 5 * (2 * 64 * 40 + 2 * 32 * 40 + 2 * 16)
+        + 2 * (2 * 128 * 40 + 32 * 40 + 2 * 32)
+        + 7 * (4 * 40 + 3 * 48 * 40 + 1)
+        + 40,
+    ),
+    # Six local, two global; five feed-forward blocks 32 wide, three twice that.
+    "gemma4_e2b": (
+        1 + 3 + 8 * 17 + 1,
+        512 * 32
+        + (64 * 32 + 8 + 512 * 64)
+        + 6 * (2 * 64 * 32 + 2 * 16 * 32 + 2 * 16)
+        + 2 * (2 * 128 * 32 + 2 * 32 * 32 + 2 * 32)
+        + 5 * (3 * 32 * 32)
+        + 3 * (3 * 64 * 32)
+        + 8 * (4 * 32 + 1 + 2 * 8 * 32 + 32)
+        + 32,
+    ),
+    # The last two lines of sums: the router with its two scales, and the experts with their norms.
+    "gemma4_moe": (
+        1 + 2 * 22 + 2 * 21 + 1,
+        512 * 32
+        + 2 * (2 * 64 * 32 + 2 * 32 * 32 + 2 * 16)
+        + 2 * (2 * 128 * 32 + 32 * 32 + 2 * 32)
+        + 4 * (4 * 32 + 3 * 32 * 32 + 1)
+        + 4 * (8 * 32 + 32 + 8)
+        + 4 * (8 * 24 * 32 + 8 * 32 * 12 + 3 * 32)
+        + 32,
+    ),
+    # The last two lines of sums: streams, and the low-rank residual.
+    "gemma3n": (
+        1 + 3 + 6 + 6 * 24 + 1,
+        528 * 32
+        + (48 * 32 + 8 + 480 * 48)
+        + 6 * 32 * 32
+        + 6 * (2 * 64 * 32 + 2 * 32 * 32 + 2 * 16 + 4 * 32 + 3 * 128 * 32)
+        + 6 * (2 * 8 * 32 + 32)
+        + 6 * (32 + 4 * 4 + 16 * 4 + 4 * 32 + 32)
+        + 6 * (2 * 4 * 32 + 32)
+        + 32,
     ),
 }
 
@@ -90,6 +136,81 @@ def test_shapes_of_one_layer():
         "mlp.down_proj.weight": (40, 48),
         "post_feedforward_layernorm.weight": (40,),
     }
+
+
+def test_shapes_of_one_layer_with_experts():
+    arrays = synthetic.tensors("gemma4_moe")
+    at = "model.layers.3."
+    assert {key.removeprefix(at): a.shape for key, a in arrays.items() if key.startswith(at)} == {
+        "input_layernorm.weight": (32,),
+        "self_attn.q_proj.weight": (128, 32),
+        "self_attn.k_proj.weight": (32, 32),
+        "self_attn.o_proj.weight": (32, 128),
+        "self_attn.q_norm.weight": (32,),
+        "self_attn.k_norm.weight": (32,),
+        "post_attention_layernorm.weight": (32,),
+        "pre_feedforward_layernorm.weight": (32,),
+        "mlp.gate_proj.weight": (32, 32),
+        "mlp.up_proj.weight": (32, 32),
+        "mlp.down_proj.weight": (32, 32),
+        "post_feedforward_layernorm.weight": (32,),
+        "router.proj.weight": (8, 32),
+        "router.scale": (32,),
+        "router.per_expert_scale": (8,),
+        "experts.gate_up_proj": (8, 24, 32),
+        "experts.down_proj": (8, 32, 12),
+        "post_feedforward_layernorm_1.weight": (32,),
+        "post_feedforward_layernorm_2.weight": (32,),
+        "pre_feedforward_layernorm_2.weight": (32,),
+        "layer_scalar": (1,),
+    }
+
+
+@pytest.mark.parametrize(("name", "first"), [("gemma4_e2b", 5), ("gemma3n", 3)])
+def test_unused_tensors_of_sharing_layers_can_be_left_out(name, first, tmp_path):
+    released = synthetic.tensors(name)
+    synthetic.write_checkpoint(tmp_path, name, shared_tensors=False)
+    saved_again = stored(tmp_path)
+    layers = CONFIGS[name]["text_config"]["num_hidden_layers"]
+    assert released.keys() - saved_again.keys() == {
+        f"model.language_model.layers.{layer}.self_attn.{tensor}.weight"
+        for layer in range(first, layers)
+        for tensor in ("k_proj", "v_proj", "k_norm")
+    }
+    kept = {key: released[key] for key in saved_again}
+    assert synthetic.fingerprint(saved_again) == synthetic.fingerprint(kept)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4_moe"])
+def test_nothing_is_left_out_where_no_layer_shares(name):
+    assert synthetic.tensors(name, shared_tensors=False).keys() == synthetic.tensors(name).keys()
+
+
+def test_the_12b_spelling_holds_the_same_text_model(tmp_path):
+    """Other senses and other words in the configuration, but not one number of the decoder."""
+    text = "model.language_model."
+    dense, unified = (
+        {key: array for key, array in synthetic.tensors(name).items() if key.startswith(text)}
+        for name in ("gemma4", "gemma4_unified")
+    )
+    assert synthetic.fingerprint(unified) == synthetic.fingerprint(dense)
+    synthetic.write_checkpoint(tmp_path, "gemma4_unified")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["model_type"], written["text_config"]["model_type"]) == (
+        "gemma4_unified",
+        "gemma4_unified_text",
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_e2b", "gemma4_moe"])
+def test_no_layer_scalar_is_nearly_one(name):
+    """A scalar that is forgotten, or applied to a branch alone, has to show."""
+    arrays = synthetic.tensors(name)
+    scalars = [float(a[0]) for key, a in arrays.items() if key.endswith("layer_scalar")]
+    text = CONFIGS[name].get("text_config", CONFIGS[name])
+    assert len(scalars) == text["num_hidden_layers"]
+    assert min(scalars) >= 0.75
+    assert np.mean([abs(scalar - 1) for scalar in scalars]) > 0.05
 
 
 def test_first_number_by_hand():
@@ -176,12 +297,35 @@ def test_default_prefixes():
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "roots"),
+    [
+        ("gemma4", {"language_model", "vision_tower", "embed_vision"}),
+        (
+            "gemma4_e2b",
+            {"language_model", "vision_tower", "embed_vision", "audio_tower", "embed_audio"},
+        ),
+        ("gemma4_unified", {"language_model", "vision_embedder", "embed_vision", "embed_audio"}),
+        (
+            "gemma3n",
+            {"language_model", "vision_tower", "embed_vision", "audio_tower", "embed_audio"},
+        ),
+        ("gemma4_moe", {"embed_tokens", "layers", "norm"}),
+    ],
+)
+def test_default_prefixes_of_newer_models(name, roots):
+    keys = [key.split(".") for key in synthetic.tensors(name)]
+    assert {key[0] for key in keys} == {"model"}
+    assert {key[1] for key in keys} == roots
+
+
 @every_model
 def test_config_file(name, tmp_path):
     synthetic.write_checkpoint(tmp_path, name, dtype="bfloat16")
     written = json.loads((tmp_path / "config.json").read_text())
-    spelling = "dtype" if "rope_parameters" in written else "torch_dtype"
-    assert written == {**synthetic.TINY[name], spelling: "bfloat16"}
+    text = written.get("text_config", written)
+    spelling = "dtype" if "rope_parameters" in text else "torch_dtype"
+    assert written == {**CONFIGS[name], spelling: "bfloat16"}
 
 
 def test_both_spellings_of_rope_are_there():
@@ -194,6 +338,16 @@ def test_both_spellings_of_rope_are_there():
         (True, False),
         (False, True),
         (True, False),
+    ]
+
+
+def test_both_spellings_of_global_layers_are_there():
+    text = [config.get("text_config", config) for config in synthetic.TINY_NEWER.values()]
+    assert [("global_head_dim" in c, "per_layer_config" in c, "rope_theta" in c) for c in text] == [
+        (True, False, False),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
     ]
 
 
@@ -271,7 +425,7 @@ def test_text_comes_back(tokenizer, text):
 @every_model
 def test_golden_arrays(name):
     """The names and shapes that golden/README.md promises, and nothing else."""
-    text = synthetic.TINY[name].get("text_config", synthetic.TINY[name])
+    text = CONFIGS[name].get("text_config", CONFIGS[name])
     layers, width, vocabulary = (
         text[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")
     )
@@ -282,6 +436,9 @@ def test_golden_arrays(name):
         "left_padded": (3, 12),
         "right_padded": (3, 12),
     }
+    if name in synthetic.TINY_NEWER:
+        shapes["very_far"] = (1, 12)
+    streams = (4,) if name == "gemma3n" else ()
     expected = {
         "changes": ((), "U"),
         "sha256.float32": ((), "U"),
@@ -296,8 +453,13 @@ def test_golden_arrays(name):
             if dtype == "bfloat16" and case not in ("short", "long"):
                 continue
             expected[f"{case}.{dtype}.logits"] = ((*shape, vocabulary), kind)
-            expected[f"{case}.{dtype}.residual"] = ((layers + 1, *shape, width), kind)
+            expected[f"{case}.{dtype}.residual"] = (
+                (layers + 1, *streams, *shape, width),
+                kind,
+            )
             expected[f"{case}.{dtype}.max_score"] = ((layers,), "f")
+            if name == "gemma4_moe":
+                expected[f"{case}.{dtype}.router_margin"] = ((layers,), "f")
     golden = np.load(GOLDEN / "tiny" / f"{name}.npz")
     found = {key: (golden[key].shape, golden[key].dtype.kind) for key in golden.files}
     assert found == expected
@@ -314,6 +476,30 @@ def test_golden_data_can_tell_a_broken_model(name):
     # More than a loop over a handful of ids.
     assert len(set(golden["greedy.ids"].tolist())) >= 24
     assert golden["greedy.ids"].max() < synthetic_tokenizer.NUM_PIECES
+
+
+@every_newer_model
+def test_newer_golden_data_asks_for_what_float32_can_give(name):
+    """An absolute bound of 2e-5 is fifty units in the last place of a logit of 4 to 8, no less."""
+    golden = np.load(GOLDEN / "tiny" / f"{name}.npz")
+    assert 4 <= np.abs(golden["long.float32.logits"]).max() <= 8
+    rms = np.sqrt(np.mean(golden["long.float32.residual"].astype(np.float64) ** 2))
+    assert 1 <= rms <= 2
+    assert golden["very_far.positions"].min() > 65536
+
+
+def test_no_golden_case_is_torn_between_two_experts():
+    golden = np.load(GOLDEN / "tiny" / "gemma4_moe.npz")
+    margins = [golden[key].min() for key in golden.files if key.endswith("float32.router_margin")]
+    # Logits are known to about 1e-5: a choice by a hundred times that is the same everywhere.
+    assert len(margins) == 6
+    assert min(margins) >= 1e-3
+
+
+def test_golden_cases_have_ids_that_the_per_layer_vocabulary_of_gemma3n_lacks():
+    golden = np.load(GOLDEN / "tiny" / "gemma3n.npz")
+    rows = CONFIGS["gemma3n"]["text_config"]["vocab_size_per_layer_input"]
+    assert np.sum(golden["long.ids"] >= rows) >= 2
 
 
 def test_gemma2_runs_into_both_caps():

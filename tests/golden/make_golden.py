@@ -15,27 +15,15 @@ weight of every checkpoint must have found its place, or nothing is written.
 
 import argparse
 import json
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from mistakes import Change, mistakes
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "weights"))
-
-from refimpl_weights import synthetic, synthetic_tokenizer  # noqa: E402
+from edits import edits
+from mistakes import mistakes
+from reference import Arrays, forward, load, record, synthetic, synthetic_tokenizer
+from transformers import PreTrainedModel
 
 GREEDY_STEPS = 64
 # A float32 logit of size 5 is known to about 1e-5; a choice by hundreds of times that is no tie.
@@ -44,9 +32,11 @@ MIN_MARGIN = 5e-3
 MIN_DISTINCT = 24
 # What a broken model must change at least, to be told from rounding with a bound of 2e-5.
 MIN_CHANGE = 1e-3
+# Which experts are asked is no matter of rounding if the last one chosen leads by this.
+MIN_ROUTER_MARGIN = 1e-3
 FAR = 5000
-
-Arrays = dict[str, np.ndarray]
+# Beyond what 16 bits can count.
+VERY_FAR = 70000
 
 
 def random_ids(length: int, *, seed: int) -> np.ndarray:
@@ -70,103 +60,24 @@ def padded_case(lengths: tuple[int, ...], *, left: bool) -> Arrays:
     return {"ids": ids, "mask": mask, "positions": positions}
 
 
-def cases() -> dict[str, Arrays]:
-    """Inputs by name; without padding the mask is all ones."""
+def cases(name: str) -> dict[str, Arrays]:
+    """Inputs of a model by their names; without padding the mask is all ones."""
 
     def whole(length: int, first: int, seed: int) -> Arrays:
         positions = np.arange(first, first + length)[None]
         ids = random_ids(length, seed=seed)
         return {"ids": ids, "mask": np.ones_like(ids), "positions": positions}
 
-    return {
+    inputs = {
         "short": whole(7, 0, 10),
         "long": whole(40, 0, 11),
         "far": whole(12, FAR, 12),
         "left_padded": padded_case((12, 9, 3), left=True),
         "right_padded": padded_case((12, 9, 3), left=False),
     }
-
-
-def load(folder: Path, dtype: torch.dtype, change: Change | None = None) -> PreTrainedModel:
-    """The model with all its weights; `change` edits the text model's configuration first."""
-    config = AutoConfig.from_pretrained(folder)
-    if change is not None:
-        change(config.get_text_config())
-    multimodal = config.model_type == "gemma3"
-    factory = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    model, report = factory.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
-    )
-    if any(report.values()):
-        raise RuntimeError(f"{folder.name}: not every weight was loaded as it is: {report}")
-    return model.eval()
-
-
-@contextmanager
-def taps(model: PreTrainedModel) -> Iterator[tuple[list[torch.Tensor], list[float]]]:
-    """Residual streams (after the embedding, then after each layer) and each layer's max |score|.
-
-    Scores are those in front of the cap and of the mask, over pairs that the mask lets through.
-    """
-    decoder = model.get_decoder()
-    residual: list[torch.Tensor] = []
-    max_scores: list[float] = []
-    module: Any = sys.modules[type(decoder.layers[0].self_attn).__module__]
-    eager = module.eager_attention_forward
-
-    def watched(attention, query, key, value, mask, **options):
-        groups = query.shape[1] // key.shape[1]
-        scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * options["scaling"]
-        visible = (mask == 0).expand_as(scores)
-        max_scores.append(scores[visible].abs().max().item())
-        return eager(attention, query, key, value, mask, **options)
-
-    hooks = [decoder.layers[0].register_forward_pre_hook(lambda _, args: residual.append(args[0]))]
-    hooks += [
-        layer.register_forward_hook(lambda _, args, output: residual.append(output))
-        for layer in decoder.layers
-    ]
-    module.eager_attention_forward = watched
-    try:
-        yield residual, max_scores
-    finally:
-        module.eager_attention_forward = eager
-        for hook in hooks:
-            hook.remove()
-
-
-def forward(model: PreTrainedModel, case: Arrays) -> torch.Tensor:
-    """Logits, shape (b, t, v)."""
-    # The mask is handed over even when it is all ones: without one, transformers takes a jump in
-    # the positions for the border of a second, packed sequence.
-    return model(
-        input_ids=torch.from_numpy(case["ids"]),
-        position_ids=torch.from_numpy(case["positions"]),
-        attention_mask=torch.from_numpy(case["mask"]),
-        use_cache=False,
-    ).logits
-
-
-def record(model: PreTrainedModel, case: Arrays) -> Arrays:
-    """Everything the model says about one case; zero where the input is padding."""
-    with taps(model) as (residual, max_scores):
-        logits = forward(model, case)
-    real = torch.from_numpy(case["mask"])[..., None] == 1
-    streams = torch.stack(residual)
-    if len(residual) != model.config.get_text_config().num_hidden_layers + 1:
-        raise RuntimeError(f"expected one residual stream per layer and one more: {streams.shape}")
-    return {
-        "logits": bits(torch.where(real, logits, 0)),
-        "residual": bits(torch.where(real, streams, 0)),
-        "max_score": np.asarray(max_scores, np.float32),
-    }
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    """float32 as it is; bfloat16, which npz cannot hold, as its bit pattern in uint16."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy()
-    return tensor.numpy()
+    if name in synthetic.TINY_NEWER:
+        inputs["very_far"] = whole(12, VERY_FAR, 13)
+    return inputs
 
 
 def greedy(model: PreTrainedModel, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,6 +125,10 @@ def changes(folder: Path, model: PreTrainedModel, inputs: dict[str, Arrays]) -> 
         label: (forward(load(folder, torch.float32, change), inputs["long"]) - right).abs().max()
         for label, change in mistakes(folder.name).items()
     }
+    for label, edit in edits(folder.name).items():
+        broken = load(folder, torch.float32)
+        edit(broken)
+        found[label] = (forward(broken, inputs["long"]) - right).abs().max()
 
     far = inputs["far"]
     rounded = torch.from_numpy(far["positions"]).to(torch.bfloat16).long().numpy()
@@ -231,10 +146,30 @@ def changes(folder: Path, model: PreTrainedModel, inputs: dict[str, Arrays]) -> 
     return figures
 
 
+def check_spellings(name: str, model: PreTrainedModel, inputs: dict[str, Arrays]) -> None:
+    """Without the tensors that sharing layers do not use, and as the 12B, the bits are the same."""
+    right = forward(model, inputs["long"])
+    for other in (name, "gemma4_unified") if name == "gemma4" else (name,):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / other
+            synthetic.write_checkpoint(folder, other, shared_tensors=False)
+            if not torch.equal(forward(load(folder, torch.float32), inputs["long"]), right):
+                raise RuntimeError(f"{other}, saved again, is another model than {name}")
+
+
+def check_routers(name: str, arrays: Arrays) -> None:
+    """No case comes near a tie of two experts, in float32."""
+    margins = {
+        key: value.min() for key, value in arrays.items() if key.endswith("float32.router_margin")
+    }
+    if margins and min(margins.values()) < MIN_ROUTER_MARGIN:
+        raise RuntimeError(f"{name}: a choice of experts is nearly a tie: {margins}")
+
+
 def golden(name: str) -> Arrays:
     """All arrays of one file."""
     arrays: Arrays = {}
-    inputs = cases()
+    inputs = cases(name)
     for case, values in inputs.items():
         arrays |= {f"{case}.{key}": value.astype(np.int32) for key, value in values.items()}
     for dtype in ("float32", "bfloat16"):
@@ -247,6 +182,8 @@ def golden(name: str) -> Arrays:
                 said = record(model, values)
                 arrays |= {f"{case}.{dtype}.{key}": value for key, value in said.items()}
             if dtype == "float32":
+                check_routers(name, arrays)
+                check_spellings(name, model, inputs)
                 arrays |= {f"greedy.{key}": v for key, v in decisive_greedy(model).items()}
                 figures = changes(folder, model, inputs)
                 arrays["changes"] = np.asarray(json.dumps(figures))
@@ -259,7 +196,7 @@ def golden(name: str) -> Arrays:
 def main() -> None:
     """Writes one file for each synthetic model, or for those that are named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(synthetic.TINY))
+    parser.add_argument("names", nargs="*", default=[*synthetic.TINY, *synthetic.TINY_NEWER])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)
