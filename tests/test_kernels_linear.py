@@ -14,7 +14,13 @@ from jax import Array
 from refimpl_kernels import linear as linear_module
 from refimpl_kernels import spec
 from refimpl_kernels.linear import LinearImplementation, linear
-from refimpl_kernels.matrix import Matrix, QuantizedMatrix, dequantize, take_columns
+from refimpl_kernels.matrix import (
+    Matrix,
+    QuantizedMatrix,
+    dequantize,
+    slice_columns,
+    take_columns,
+)
 
 from tests.kernel_cases import (
     STORED_AS,
@@ -24,6 +30,7 @@ from tests.kernel_cases import (
     float64,
     matrix,
     normal,
+    row_stable,
     parts,
     summed,
 )
@@ -177,7 +184,8 @@ def test_a_quantized_matrix_knows_its_shape_block_and_size() -> None:
     assert isinstance(weight, QuantizedMatrix)
     assert (weight.shape, weight.block) == ((64, 24), 16)
     assert weight.nbytes == 64 * 24 + 2 * 4 * 24 * 4
-    some = weight.columns(5, 7)
+    some = slice_columns(weight, 5, 7)
+    assert isinstance(some, QuantizedMatrix)
     assert (some.shape, some.block) == ((64, 7), 16)
     assert_same_bits(dequantize(some), dequantize(weight)[:, 5:12])
 
@@ -194,17 +202,21 @@ def test_an_unknown_implementation_is_refused() -> None:
         unchecked(jnp.zeros((1, 16)), jnp.zeros((16, 4)), implementation="sum")
 
 
-@pytest.mark.parametrize(
-    "weight",
-    [
-        jnp.asarray(normal(20, 16)),
-        QuantizedMatrix(jnp.ones((16, 16), jnp.int8), jnp.asarray(normal(4, 16))),
-    ],
-    ids=["20 inputs", "blocks of 4"],
-)
-def test_what_is_no_multiple_of_eight_is_for_dot_alone(weight: Matrix) -> None:
+def test_a_quantized_block_that_is_no_multiple_of_eight_is_for_dot_alone() -> None:
+    weight = QuantizedMatrix(jnp.ones((16, 16), jnp.int8), jnp.asarray(normal(4, 16)))
     x = jnp.asarray(normal(2, weight.shape[0]))
     with pytest.raises(NotImplementedError, match=r"takes 8 inputs at a step, got .*; use 'dot'"):
         linear(x, weight, implementation="chain")
     expected, bound = exact(x, weight)
     assert_within(jax.jit(partial(linear, implementation="dot"))(x, weight), expected, bound)
+
+
+@pytest.mark.parametrize("inputs", [1, 4, 20])
+def test_any_number_of_inputs_is_a_chain_of_just_those(inputs: int) -> None:
+    x, weight = jnp.asarray(normal(3, inputs)), jnp.asarray(normal(inputs, 16))
+    padded = [((0, 0), (0, -inputs % 8)), ((0, -inputs % 8), (0, 0))]
+    run = row_stable(partial(linear, implementation="chain"))
+    whole = run(*(jnp.pad(array, pad) for array, pad in zip((x, weight), padded, strict=True)))
+    assert_same_bits(run(x, weight), whole)
+    expected, bound = exact(x, weight)
+    assert_within(whole, expected, bound)

@@ -42,9 +42,14 @@ def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
     """rows @ matrix, each element as one multiply-add chain.
 
     Raises:
-        NotImplementedError: a number of inputs, or a block, that is not a multiple of 8.
+        NotImplementedError: a quantized matrix with a block that is not a multiple of 8.
     """
     inputs, outputs = matrix.shape
+    if not isinstance(matrix, QuantizedMatrix) and inputs % STEPS[-1]:
+        # A product with zero leaves a sum as it is.
+        missing = -inputs % STEPS[-1]
+        rows = jnp.pad(rows, ((0, 0), (0, missing)))
+        return chain(rows, jnp.pad(matrix, ((0, missing), (0, 0))))
     block = matrix.block if isinstance(matrix, QuantizedMatrix) else inputs
     step = next((step for step in STEPS if inputs % step == 0 and block % step == 0), None)
     if step is None:

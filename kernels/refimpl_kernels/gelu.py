@@ -9,11 +9,11 @@ from jaxtyping import Float
 
 from refimpl_kernels.compiling import traced_once
 
+Rounding = Literal["float32", "activation"]
+
 
 @traced_once("rounding")
-def gelu(
-    x: Float[Array, "*a"], *, rounding: Literal["float32", "activation"] = "float32"
-) -> Float[Array, "*a"]:
+def gelu(x: Float[Array, "*a"], *, rounding: Rounding = "float32") -> Float[Array, "*a"]:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in the type of x.
 
     Every Gemma uses the tanh form, also where a Gemma 1 configuration says "gelu".

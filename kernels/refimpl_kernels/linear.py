@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 
 from refimpl_kernels.chain import chain
 from refimpl_kernels.compiling import traced_once
-from refimpl_kernels.matrix import Matrix, QuantizedMatrix, dequantize
+from refimpl_kernels.matrix import Matrix, QuantizedMatrix, dequantize, slice_columns
 
 LinearImplementation = Literal["dot", "chain"]
 
@@ -31,7 +31,7 @@ def linear(
     """x @ matrix with float32 sums, rounded once to the type of x.
 
     Raises:
-        NotImplementedError: "chain" on a number of inputs, or a block, that is not a multiple of 8.
+        NotImplementedError: "chain" on a quantized matrix whose block is not a multiple of 8.
         ValueError: the inputs of x and matrix differ, or the implementation is unknown.
     """
     if x.shape[-1] != matrix.shape[0]:
@@ -66,9 +66,8 @@ def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
 
 def _wide_columns(matrix: Matrix, start: int, length: int) -> Float32[Array, "i o"]:
     """Some columns in float32, which holds the numbers of every type that a matrix is stored in."""
-    if isinstance(matrix, QuantizedMatrix):
-        return dequantize(matrix.columns(start, length))
-    return matrix[:, start : start + length].astype(jnp.float32)
+    part = slice_columns(matrix, start, length)
+    return dequantize(part) if isinstance(part, QuantizedMatrix) else part.astype(jnp.float32)
 
 
 def _product(rows: Float[Array, "r i"], weight: Float[Array, "i o"]) -> Float32[Array, "r o"]:

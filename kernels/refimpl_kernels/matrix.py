@@ -38,10 +38,6 @@ class QuantizedMatrix:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def columns(self, start: int, length: int) -> "QuantizedMatrix":
-        """The matrix of `length` outputs from `start` on."""
-        return jax.tree.map(lambda leaf: leaf[:, start : start + length], self)
-
 
 Matrix = Array | QuantizedMatrix
 
@@ -58,6 +54,17 @@ def dequantize(matrix: QuantizedMatrix) -> Float32[Array, "i o"]:
     if matrix.minimums is not None:
         blocks = blocks - matrix.minimums[:, None]
     return blocks.reshape(i, o)
+
+
+def slice_columns(matrix: Matrix, start: int | Int[Array, ""], length: int) -> Matrix:
+    """The matrix of `length` outputs from `start` on."""
+
+    def columns(leaf: Array) -> Array:
+        if isinstance(start, int):
+            return leaf[:, start : start + length]
+        return jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=1)
+
+    return jax.tree.map(columns, matrix)
 
 
 def take_columns(matrix: Matrix, indices: Int[Array, "*b"]) -> Float[Array, "*b i"]:

@@ -1,4 +1,4 @@
-"""RMSNorm in the two orders of rounding that the Gemma references use."""
+"""RMSNorm in the two orders of rounding of the Gemma references; scaling to a magnitude."""
 
 from typing import Literal
 
@@ -38,10 +38,29 @@ def rms_norm(
     return _normalise(x, scale, epsilon, offset)
 
 
-def _normalise(x: Array, scale: Array | None, epsilon: float, offset: float) -> Array:
+@traced_once("least")
+def with_magnitude_of(
+    x: Float[Array, "*b d"], pattern: Float[Array, "*b d"], *, least: float
+) -> Float[Array, "*b d"]:
+    """x scaled to the root mean square of `pattern`, over the last axis, in the type of x.
+
+    Every step is rounded to the type of x, as Hugging Face's Gemma 3n rounds it.
+
+    Args:
+        least: lower bound of the mean square that x is divided by the root of.
+    """
+    wanted = jnp.sqrt(_mean_square(pattern))
+    found = jnp.sqrt(jnp.maximum(_mean_square(x), jnp.asarray(least, x.dtype)))
+    return x * wanted / found
+
+
+def _mean_square(x: Array) -> Array:
     # The sum itself always runs in float32: jnp.mean and torch.mean both widen a narrow type.
-    mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True, dtype=jnp.float32).astype(x.dtype)
-    normalised = x * jax.lax.rsqrt(mean + jnp.asarray(epsilon, x.dtype))
+    return jnp.mean(jnp.square(x), axis=-1, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+
+
+def _normalise(x: Array, scale: Array | None, epsilon: float, offset: float) -> Array:
+    normalised = x * jax.lax.rsqrt(_mean_square(x) + jnp.asarray(epsilon, x.dtype))
     if scale is None:
         return normalised
     factor = jnp.asarray(offset, x.dtype) + scale.astype(x.dtype)

@@ -20,6 +20,7 @@ def rope_angles(
     head_width: int,
     theta: float,
     factor: float = 1.0,
+    proportion: float = 1.0,
     form: AngleForm = "multiply",
 ) -> Float32[Array, "b t h"]:
     """The angle of each pair of dimensions at each position, in radians; h is half a head here.
@@ -31,6 +32,8 @@ def rope_angles(
     float32 product of a large position with a rounded frequency is not the quotient.
 
     Args:
+        proportion: share of the pairs that are rotated, those with the smallest i; the others have
+            an angle of zero, and the exponents stay those of the whole head (Gemma 4's p-RoPE).
         form: "multiply" takes position * (1 / timescale) as Hugging Face and llama.cpp do;
             "divide" takes position / timescale as DeepMind's gemma does.
     """
@@ -39,6 +42,8 @@ def rope_angles(
     # of a timescale is 3e-4 radians at position 5,000.
     exponent = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     timescale = (theta ** exponent.astype(np.float64)).astype(np.float32)
+    # A pair that is not rotated has an infinite timescale.
+    timescale[int(proportion * head_width / 2) :] = np.inf
     wide = positions.astype(jnp.float32)[..., None]
     if form == "divide":
         # XLA makes a division by a broadcast value a product with its reciprocal, which is the

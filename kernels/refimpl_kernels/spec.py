@@ -27,14 +27,21 @@ def rms_norm(
 
 
 def rope(
-    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], *, theta: float, factor: float = 1.0
+    x: Float[Array, "b t n h"],
+    positions: Int[Array, "b t"],
+    *,
+    theta: float,
+    factor: float = 1.0,
+    proportion: float = 1.0,
 ) -> Float32[Array, "b t n h"]:
     """Rotate the pair (x[i], x[i + h/2]) by positions * theta^(-2i/h) / factor; arXiv 2104.09864.
 
-    `factor` above one is linear position interpolation (arXiv 2306.15595).
+    `factor` above one is linear position interpolation (arXiv 2306.15595). With a `proportion`
+    below one only the first pairs are rotated, i < proportion * h/2, at the same frequencies.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half) / factor
+    frequencies = jnp.where(jnp.arange(half) < int(proportion * half), frequencies, 0.0)
     angles = jnp.asarray(positions, jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     first = jnp.asarray(x[..., :half], jnp.float32)
     second = jnp.asarray(x[..., half:], jnp.float32)
@@ -130,3 +137,50 @@ def gelu(x: Float[Array, "*a"]) -> Float32[Array, "*a"]:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); arXiv 1606.08415, section 2."""
     wide = jnp.asarray(x, jnp.float32)
     return 0.5 * wide * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (wide + 0.044715 * wide**3)))
+
+
+def sparse_gate(x: Float[Array, "*b f"], *, cutoff: float) -> Float32[Array, "*b f"]:
+    """max(x - (mean + cutoff * deviation), 0) over the last axis; Gemma 3n's sparse activation.
+
+    The deviation is the population's. Of normally distributed gates a `cutoff` of 1.645 keeps 5 %.
+    """
+    wide = jnp.asarray(x, jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.mean((wide - mean) ** 2, axis=-1, keepdims=True))
+    return jnp.maximum(wide - (mean + cutoff * deviation), 0.0)
+
+
+def with_magnitude_of(
+    x: Float[Array, "*b d"], pattern: Float[Array, "*b d"], *, least: float
+) -> Float32[Array, "*b d"]:
+    """x * sqrt(mean(pattern^2) / max(mean(x^2), least)), over the last axis."""
+    wide, wide_pattern = jnp.asarray(x, jnp.float32), jnp.asarray(pattern, jnp.float32)
+    wanted = jnp.mean(wide_pattern**2, axis=-1, keepdims=True)
+    found = jnp.maximum(jnp.mean(wide**2, axis=-1, keepdims=True), least)
+    return wide * jnp.sqrt(wanted / found)
+
+
+def expert_weights(scores: Float[Array, "r e"], *, chosen: int) -> Float32[Array, "r e"]:
+    """The largest `chosen` of softmax(scores), scaled to a sum of one; zero for the other experts.
+
+    Of equal scores the lower expert's counts as the larger.
+    """
+    wide = jnp.asarray(scores, jnp.float32)
+    likelihood = jnp.exp(wide - jnp.max(wide, axis=-1, keepdims=True))
+    rank = jnp.argsort(jnp.argsort(-wide, axis=-1, stable=True), axis=-1)
+    kept = jnp.where(rank < chosen, likelihood, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def experts(
+    x: Float[Array, "r d"],
+    weights: Float[Array, "r e"],
+    gate_up: Float[Array, "e d 2f"],
+    down: Float[Array, "e f d"],
+) -> Float32[Array, "r d"]:
+    """sum_e weights[e] (gelu(x G_e) * x U_e) D_e; every expert computed, most with weight zero."""
+    gate, up = jnp.split(
+        jnp.einsum("rd,edf->ref", x, gate_up, precision=Precision.HIGHEST), 2, axis=-1
+    )
+    hidden = gelu(gate) * up
+    return jnp.einsum("re,ref,efd->rd", weights, hidden, down, precision=Precision.HIGHEST)

@@ -14,13 +14,17 @@ from refimpl_kernels.rope import apply_rope
 from refimpl.model.cache import KVCache, Memory
 from refimpl.model.config import GemmaConfig
 from refimpl.model.implementations import Implementations
-from refimpl.model.layers import Linear, RMSNorm
+from refimpl.model.layers import Linear, RMSNorm, normalised
 from refimpl.model.numerics import Numerics
 from refimpl.model.trace import Taps
 
 
 class Attention(nnx.Module):
-    """Query head j reads key/value head j * k // n; queries, keys and values share one matrix."""
+    """Query head j reads key/value head j * k // n.
+
+    Queries, keys and values come from one matrix, as far as the layer has them: one may take its
+    raw keys for values, and one with a donor has only queries.
+    """
 
     def __init__(
         self, config: GemmaConfig, layer: int, numerics: Numerics, *, rngs: nnx.Rngs
@@ -32,13 +36,18 @@ class Attention(nnx.Module):
         self.cap = config.attention_cap
         self.numerics = numerics
 
-        head_width = self.spec.head_width
-        all_heads = config.num_heads + 2 * self.spec.num_kv_heads
+        head_width, owns = self.spec.head_width, self.spec.donor is None
+        parts = (1 if self.spec.values_are_keys else 2) if owns else 0
+        all_heads = config.num_heads + parts * self.spec.num_kv_heads
         self.query_key_value = Linear(config.width, all_heads * head_width, rngs=rngs)
         self.output = Linear(config.num_heads * head_width, config.width, rngs=rngs)
-        normed = config.has_query_key_norm
-        self.query_norm = RMSNorm(head_width, config, numerics) if normed else None
-        self.key_norm = RMSNorm(head_width, config, numerics) if normed else None
+
+        def norm(width: int | None, is_there: bool) -> RMSNorm | None:
+            return RMSNorm(width, config, numerics) if is_there else None
+
+        self.query_norm = norm(head_width, config.has_query_key_norm)
+        self.key_norm = norm(head_width, config.has_query_key_norm and owns)
+        self.value_norm = norm(None, config.has_value_norm and owns)
 
     def __call__(
         self,
@@ -66,35 +75,34 @@ class Attention(nnx.Module):
         Raises:
             NotImplementedError: blocked attention was asked for scores, or for bfloat16.
         """
-        query, key, value = self._project(x, angles, implementations)
+        heads = self.query_key_value(x, implementation=implementations.linear)
+        heads = heads.reshape(*x.shape[:2], -1, self.spec.head_width)
+        # The norm comes before the rotation, which keeps a head's length but mixes its entries.
+        query = self._rotated(normalised(heads[:, :, : self.num_heads], self.query_norm), angles)
         taps("query", query)
-        taps("key", key)
-        taps("value", value)
 
-        keys, values, memory = memory.extend(self.layer, key, value)
+        if self.spec.donor is None:
+            key, value = self._key_value(heads[:, :, self.num_heads :], angles)
+            taps("key", key)
+            taps("value", value)
+            keys, values, memory = memory.extend(self.layer, key, value)
+        else:
+            keys, values = memory.held(self.spec.donor)
         mixed = self._attend(query, keys, values, positions, memory, implementations, taps)
         taps("mixed", mixed)
 
         flat = mixed.reshape(*mixed.shape[:2], -1)
         return self.output(flat, implementation=implementations.linear), memory
 
-    def _project(
-        self, x: Array, angles: Array, implementations: Implementations
-    ) -> tuple[Array, Array, Array]:
-        heads = self.query_key_value(x, implementation=implementations.linear)
-        heads = heads.reshape(*x.shape[:2], -1, self.spec.head_width)
-        query = heads[:, :, : self.num_heads]
-        key = heads[:, :, self.num_heads : self.num_heads + self.spec.num_kv_heads]
-        value = heads[:, :, self.num_heads + self.spec.num_kv_heads :]
-        # The norm comes before the rotation, which keeps a head's length but mixes its entries.
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        rounding = self.numerics.rope
-        return (
-            apply_rope(query, angles, rounding=rounding),
-            apply_rope(key, angles, rounding=rounding),
-            value,
-        )
+    def _key_value(self, heads: Array, angles: Array) -> tuple[Array, Array]:
+        """Keys and values of the layer's own, from what the projection gives for both."""
+        key = heads[:, :, : self.spec.num_kv_heads]
+        value = key if self.spec.values_are_keys else heads[:, :, self.spec.num_kv_heads :]
+        key = self._rotated(normalised(key, self.key_norm), angles)
+        return key, normalised(value, self.value_norm)
+
+    def _rotated(self, x: Array, angles: Array) -> Array:
+        return apply_rope(x, angles, rounding=self.numerics.rope)
 
     def _attend(
         self,

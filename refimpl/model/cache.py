@@ -6,7 +6,9 @@ has to guess. A ring of window + chunk places is enough for a local layer: a chu
 and attended after, and its first query still finds the whole window before it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,15 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class FullPass:
-    """No memory: a call attends to its own positions and to nothing else."""
+    """No memory: a call attends to its own positions and to nothing else.
+
+    Attributes:
+        positions: of the call's tokens.
+        layers: keys and values of the layers so far, for those that have none of their own.
+    """
 
     positions: Int[Array, "b t"]
+    layers: Mapping[int, tuple[Array, Array]] = field(default_factory=dict[int, Any])
 
     @property
     def rows(self) -> None:
@@ -37,7 +45,11 @@ class FullPass:
         self, layer: int, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]
     ) -> tuple[Float[Array, "b t k h"], Float[Array, "b t k h"], "FullPass"]:
         """A layer's own keys and values, which are all that it may attend to."""
-        return key, value, self
+        return key, value, replace(self, layers={**self.layers, layer: (key, value)})
+
+    def held(self, layer: int) -> tuple[Float[Array, "b t k h"], Float[Array, "b t k h"]]:
+        """What an earlier layer extended the memory by."""
+        return self.layers[layer]
 
     def key_positions(self, kind: AttentionKind) -> Int[Array, "b t"]:
         """The positions of what `extend` gives to layers of this kind."""
@@ -53,12 +65,12 @@ class KVCache:
     layer writes its part.
 
     Attributes:
-        keys: for each layer, "b s k h"; s is the length of the layer's kind.
+        keys: for each layer that has keys of its own, "b s k h"; s is the length of its kind.
         values: as keys.
         positions: for each kind of layer, which position each index holds, or -1.
         latest: the positions of the call under way, "t" for each row of the call.
         rows: the rows that the call under way is about, or None for all in order.
-        kinds: the kind of each layer.
+        owners: the layers that have keys of their own, in order.
         chunk: most positions that one call may write.
         length: positions that a row can hold in all.
         block: every array's s is a multiple of it.
@@ -69,7 +81,7 @@ class KVCache:
     positions: dict[AttentionKind, Int[Array, "b _"]]
     latest: Int[Array, "_ t"]
     rows: Int[Array, " _"] | None
-    kinds: tuple[AttentionKind, ...] = field(metadata={"static": True})
+    owners: tuple[int, ...] = field(metadata={"static": True})
     chunk: int = field(metadata={"static": True})
     length: int = field(metadata={"static": True})
     block: int = field(metadata={"static": True}, default=BLOCK)
@@ -100,9 +112,10 @@ class KVCache:
         if ring and config.window is not None:
             local = _round_up(config.window + chunk, block)
             lengths[AttentionKind.LOCAL] = min(local, lengths[AttentionKind.GLOBAL])
+        owners = tuple(i for i, layer in enumerate(config.layers) if layer.donor is None)
         shapes = [
             (batch, lengths[layer.kind], layer.num_kv_heads, layer.head_width)
-            for layer in config.layers
+            for layer in map(config.layers.__getitem__, owners)
         ]
         return cls(
             keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
@@ -113,7 +126,7 @@ class KVCache:
             },
             latest=jnp.zeros((batch, 0), jnp.int32),
             rows=None,
-            kinds=config.layer_kinds,
+            owners=owners,
             chunk=chunk,
             length=length,
             block=block,
@@ -149,14 +162,20 @@ class KVCache:
         self, layer: int, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]
     ) -> tuple[Float[Array, "c s k h"], Float[Array, "c s k h"], "KVCache"]:
         """Add a layer's keys and values; gives all that the layer holds, of every row."""
-        keys = _write(self.keys[layer], key, self.latest, self.rows)
-        values = _write(self.values[layer], value, self.latest, self.rows)
+        place = self.owners.index(layer)
+        keys = _write(self.keys[place], key, self.latest, self.rows)
+        values = _write(self.values[place], value, self.latest, self.rows)
         extended = replace(
             self,
-            keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),
-            values=(*self.values[:layer], values, *self.values[layer + 1 :]),
+            keys=(*self.keys[:place], keys, *self.keys[place + 1 :]),
+            values=(*self.values[:place], values, *self.values[place + 1 :]),
         )
         return keys, values, extended
+
+    def held(self, layer: int) -> tuple[Float[Array, "c s k h"], Float[Array, "c s k h"]]:
+        """All that a layer with keys of its own holds, of every row, this call's included."""
+        place = self.owners.index(layer)
+        return self.keys[place], self.values[place]
 
     def key_positions(self, kind: AttentionKind) -> Int[Array, "c s"]:
         """The positions of what `extend` gives to layers of this kind."""

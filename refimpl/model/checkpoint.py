@@ -221,6 +221,7 @@ def _plan(
         if not missing:
             plan[path] = tuple(checkpoint.available[name] for name in chosen)
             faults += _shape_faults(checkpoint, path, plan[path], shape)
+    used |= names.unread(checkpoint.config)
     faults += [f"unused: {full}" for name, full in checkpoint.available.items() if name not in used]
     return plan, faults
 
@@ -229,16 +230,19 @@ def _shape_faults(
     checkpoint: Checkpoint, path: names.Path, tensors: tuple[str, ...], wanted: tuple[int, ...]
 ) -> list[str]:
     """What is wrong with the shapes, given that joined and transposed they must be `wanted`."""
+    shapes = [checkpoint.source.shape(name) for name in tensors]
     if len(wanted) == 1:
         expected = [wanted]
-    elif len(tensors) == 1:
-        expected = [wanted[::-1]]
     else:
         # One by one: a query too narrow and a key too wide would add up to the right sum.
+        single = len(tensors) == 1
+        joined = wanted[1:] if single else names.joined_outputs(checkpoint.config, path)
+        expected = [(outputs, wanted[0]) for outputs in joined]
+        height = names.stack_height(checkpoint.config, path)
         expected = [
-            (outputs, wanted[0]) for outputs in names.joined_outputs(checkpoint.config, path)
+            (height, outputs // height, inputs) if len(shape) == 3 else (outputs, inputs)
+            for shape, (outputs, inputs) in zip(shapes, expected, strict=True)
         ]
-    shapes = [checkpoint.source.shape(name) for name in tensors]
     return [
         f"mis-shaped: {name} is {got}, expected {shape}"
         for name, got, shape in zip(tensors, shapes, expected, strict=True)

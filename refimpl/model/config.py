@@ -154,6 +154,7 @@ class GemmaConfig:
                 for name, part in parts.items()
                 if part is not None
                 for key, size in asdict(part).items()
+                if not isinstance(size, bool)
             },
         }
 

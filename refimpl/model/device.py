@@ -17,8 +17,9 @@ def to_device(parts: list[np.ndarray | QuantizedArray]) -> Array | QuantizedMatr
     """One tensor, or several joined along the outputs, in the precision of the file.
 
     Args:
-        parts: vectors as they are, or matrices "o i", which become "i o". The list is emptied: the
-            joined matrix is a copy, and the parts need not live beside it.
+        parts: vectors as they are, or matrices "o i", which become "i o", or stacks "e o i", which
+            become "i e o", as one matrix. The list is emptied: the joined matrix is a copy, and the
+            parts need not live beside it.
 
     Raises:
         CheckpointError: quantized parts whose blocks do not divide one another.
@@ -38,8 +39,10 @@ def _transposed(array: np.ndarray, *, band: int = 512) -> Array:
     """A transposed copy on the device.
 
     Made in bands that fit the processor's cache, several times faster than in one go, and in
-    memory aligned so that a CPU device takes it over without another copy.
+    memory aligned so that a CPU device takes it over without another copy. The matrices of a stack
+    come to lie side by side.
     """
+    array = array.reshape(-1, array.shape[-1])
     memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     turned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape[::-1])

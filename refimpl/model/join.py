@@ -13,6 +13,8 @@ def join_outputs(
 ) -> np.ndarray | QuantizedArray:
     """Weights of shape (outputs, inputs) one under the other, without loss.
 
+    Of stacks (matrices, outputs, inputs) each matrix is joined with its counterparts.
+
     Quantized parts may differ in block size and in having minimums: the join takes the smallest
     block, repeating scales, and a minimum of zero where a part has none. Where dense and quantized
     parts mix, or dense types differ, all become float32, which holds each of them exactly.
@@ -26,7 +28,7 @@ def join_outputs(
     dense = [part.dequantize() if isinstance(part, QuantizedArray) else part for part in parts]
     if len({part.dtype for part in dense}) > 1:
         dense = [part.astype(np.float32) for part in dense]
-    return np.concatenate(dense)
+    return np.concatenate(dense, axis=-2)
 
 
 def _join_quantized(parts: Sequence[QuantizedArray]) -> QuantizedArray:
@@ -37,15 +39,16 @@ def _join_quantized(parts: Sequence[QuantizedArray]) -> QuantizedArray:
             "each must be a multiple of the smallest"
         )
     repeats = [part.block // block for part in parts]
-    scales = [np.repeat(p.scales, r, axis=1) for p, r in zip(parts, repeats, strict=True)]
+    scales = [np.repeat(p.scales, r, axis=-1) for p, r in zip(parts, repeats, strict=True)]
     minimums = None
     if any(part.minimums is not None for part in parts):
-        minimums = np.concatenate([
-            np.zeros_like(scale) if p.minimums is None else np.repeat(p.minimums, r, axis=1)
+        of_each = [
+            np.zeros_like(scale) if p.minimums is None else np.repeat(p.minimums, r, axis=-1)
             for p, r, scale in zip(parts, repeats, scales, strict=True)
-        ])  # fmt: skip
+        ]
+        minimums = np.concatenate(of_each, axis=-2)
     return QuantizedArray(
-        values=np.concatenate([part.values for part in parts]),
-        scales=np.concatenate(scales),
+        values=np.concatenate([part.values for part in parts], axis=-2),
+        scales=np.concatenate(scales, axis=-2),
         minimums=minimums,
     )

@@ -38,10 +38,13 @@ class PerLayerInputSpec:
     Attributes:
         width: of what one layer gets.
         vocab_size: rows of the table. An id beyond them gets the row of id 0.
+        has_rounded_scales: whether the scales of what is projected and of the mean are rounded to
+            the activation type (Gemma 3n) or kept in float32 (Gemma 4).
     """
 
     width: int
     vocab_size: int
+    has_rounded_scales: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,10 @@ from refimpl_kernels.gelu import gelu
 from refimpl_kernels.linear import LinearImplementation, linear
 from refimpl_kernels.matrix import take_columns
 from refimpl_kernels.norm import rms_norm
+from refimpl_kernels.sparse_gate import sparse_gate
 
 from refimpl.model.config import GemmaConfig
+from refimpl.model.layer_spec import LayerSpec
 from refimpl.model.numerics import Numerics, Rounding
 from refimpl.model.trace import Taps
 
@@ -34,10 +36,14 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square norm over the last axis, with a scale that is stored less `norm_offset`."""
+    """Root mean square norm over the last axis, with a scale that is stored less `norm_offset`.
 
-    def __init__(self, width: int, config: GemmaConfig, numerics: Numerics) -> None:
-        self.scale = nnx.Param(jnp.full((width,), 1.0 - config.norm_offset, jnp.float32))
+    A norm without a width has no scale.
+    """
+
+    def __init__(self, width: int | None, config: GemmaConfig, numerics: Numerics) -> None:
+        neutral = 1.0 - config.norm_offset
+        self.scale = None if width is None else nnx.Param(jnp.full((width,), neutral, jnp.float32))
         self.offset = config.norm_offset
         self.epsilon = config.norm_epsilon
         self.rounding: Rounding = numerics.norm
@@ -45,11 +51,27 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         return rms_norm(
             x,
-            self.scale.get_value(),
+            None if self.scale is None else self.scale.get_value(),
             epsilon=self.epsilon,
             offset=self.offset,
             rounding=self.rounding,
         )
+
+
+def normalised(x: Float[Array, "*b d"], norm: RMSNorm | None) -> Float[Array, "*b d"]:
+    """norm(x), or x where the model has no such norm."""
+    return x if norm is None else norm(x)
+
+
+def add(x: Float[Array, "*b d"], y: Float[Array, "*#b d"]) -> Float[Array, "*b d"]:
+    """x + y, of an x and a y that were rounded first.
+
+    Most of what is added ends with a product. Without the barrier the compiler may round it once
+    together with the sum, and whether it does depends on the shapes: a request alone would have
+    other bits.
+    """
+    x, y = jax.lax.optimization_barrier((x, y))
+    return x + y
 
 
 class Embedder(nnx.Module):
@@ -82,11 +104,18 @@ class Embedder(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """(gelu(x G) * x U) D: a gated hidden layer, gate and up projection in one matrix."""
+    """(gelu(x G) * x U) D: a gated hidden layer, gate and up projection in one matrix.
 
-    def __init__(self, config: GemmaConfig, width: int, numerics: Numerics, *, rngs: nnx.Rngs):
+    Where the layer has a cutoff, only the gates that stand out are kept.
+    """
+
+    def __init__(
+        self, config: GemmaConfig, spec: LayerSpec, numerics: Numerics, *, rngs: nnx.Rngs
+    ) -> None:
+        width = spec.feed_forward_width
         self.gate_up = Linear(config.width, 2 * width, rngs=rngs)
         self.down = Linear(width, config.width, rngs=rngs)
+        self.cutoff = spec.gate_cutoff
         self.rounding: Rounding = numerics.gelu
 
     def __call__(
@@ -95,4 +124,6 @@ class FeedForward(nnx.Module):
         gate, up = jnp.split(self.gate_up(x, implementation=implementation), 2, axis=-1)
         taps("gate", gate)
         taps("up", up)
+        if self.cutoff is not None:
+            gate = sparse_gate(gate, cutoff=self.cutoff)
         return self.down(gelu(gate, rounding=self.rounding) * up, implementation=implementation)

@@ -1,6 +1,7 @@
 """The forward pass of every Gemma decoder, on one page."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32, Int
@@ -9,23 +10,30 @@ from refimpl_kernels.rope import rope_angles
 from refimpl.model.attention import Attention
 from refimpl.model.cache import FullPass, KVCache, Memory
 from refimpl.model.config import GemmaConfig
+from refimpl.model.experts import Experts
 from refimpl.model.implementations import REFERENCE, Implementations
+from refimpl.model.laurel import Laurel
 from refimpl.model.layer_spec import AttentionKind, LayerSpec
-from refimpl.model.layers import Embedder, FeedForward, RMSNorm
+from refimpl.model.layers import Embedder, FeedForward, RMSNorm, add, normalised
 from refimpl.model.numerics import FLOAT32, Numerics
+from refimpl.model.per_layer_input import PerLayerEmbedder, PerLayerInput
+from refimpl.model.streams import AltUp, OneStream, StreamProjections
 from refimpl.model.trace import Taps
 
 Angles = dict[AttentionKind, Float32[Array, "b t r"]]
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention, then the feed-forward, each adding to the residual stream."""
+    """One decoder layer: attention, then the feed-forward, each adding to the residual stream.
+
+    A part that the model does not have is None.
+    """
 
     def __init__(
         self, config: GemmaConfig, layer: int, numerics: Numerics, *, rngs: nnx.Rngs
     ) -> None:
-        self.kind = config.layers[layer].kind
-        width = config.layers[layer].feed_forward_width
+        self.index, spec = layer, config.layers[layer]
+        self.kind = spec.kind
 
         def norm(is_there: bool = True) -> RMSNorm | None:
             return RMSNorm(config.width, config, numerics) if is_there else None
@@ -34,44 +42,85 @@ class Block(nnx.Module):
         self.attention = Attention(config, layer, numerics, rngs=rngs)
         self.norm_after_attention = norm(config.has_post_norms)
         self.norm_before_feed_forward = norm()
-        self.feed_forward = FeedForward(config, width, numerics, rngs=rngs)
+        self.feed_forward = FeedForward(config, spec, numerics, rngs=rngs)
         self.norm_after_feed_forward = norm(config.has_post_norms)
 
+        altup, rank, experts = config.altup, config.laurel_rank, config.experts
+        given = config.per_layer_input
+        self.streams = OneStream() if altup is None else AltUp(config, altup, numerics, rngs=rngs)
+        self.laurel = None if rank is None else Laurel(config, rank, numerics, rngs=rngs)
+        self.experts = None if experts is None else Experts(config, experts, numerics, rngs=rngs)
+        self.per_layer_input = (
+            None if given is None else PerLayerInput(config, given, numerics, rngs=rngs)
+        )
+        one = jnp.asarray([1.0], jnp.float32)
+        self.scalar = nnx.Param(one) if config.has_layer_scalar else None
+
     def __call__(
+        self,
+        x: Float[Array, "*u b t d"],
+        positions: Int[Array, "b t"],
+        angles: Angles,
+        memory: Memory,
+        *,
+        inputs: Float[Array, "b t l p"] | None = None,
+        implementations: Implementations,
+        taps: Taps,
+    ) -> tuple[Float[Array, "*u b t d"], Memory]:
+        """The stream, or all streams, after this layer, and the memory with what it adds.
+
+        Args:
+            inputs: of every layer, where the model has per-layer inputs.
+        """
+        linear = implementations.linear
+        predicted, x = self.streams.predict(x, implementation=linear)
+        x, memory = self._attend(x, positions, angles, memory, implementations, taps)
+        taps("middle", x)
+
+        y = normalised(x, self.norm_before_feed_forward)
+        taps("feed_forward.input", y)
+        y = self.feed_forward(y, implementation=linear, taps=taps.scope("feed_forward"))
+        if self.experts is not None:
+            y = self.experts(x, y, implementation=linear, taps=taps.scope("experts"))
+        y = normalised(y, self.norm_after_feed_forward)
+        taps("feed_forward.output", y)
+        x = self.streams.correct(predicted, add(x, y), implementation=linear)
+
+        if self.per_layer_input is not None and inputs is not None:
+            given = inputs[:, :, self.index]
+            y = self.per_layer_input(self.streams.shown(x), given, implementation=linear)
+            taps("per_layer_input.output", y)
+            x = self.streams.with_input(x, y)
+        if self.scalar is not None:
+            x = x * self.scalar.get_value().astype(x.dtype)
+        taps("residual", x)
+        return x, memory
+
+    def _attend(
         self,
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
         angles: Angles,
         memory: Memory,
-        *,
         implementations: Implementations,
         taps: Taps,
     ) -> tuple[Float[Array, "b t d"], Memory]:
-        """The stream after this layer, and the memory with this layer's keys and values."""
-        y = _normalised(x, self.norm_before_attention)
-        taps("attention.input", y)
+        """The stream after attention, and the memory with this layer's keys and values."""
+        normed = normalised(x, self.norm_before_attention)
+        taps("attention.input", normed)
         y, memory = self.attention(
-            y,
+            normed,
             positions,
             angles[self.kind],
             memory,
             implementations=implementations,
             taps=taps.scope("attention"),
         )
-        y = _normalised(y, self.norm_after_attention)
+        y = normalised(y, self.norm_after_attention)
         taps("attention.output", y)
-        x = _sum(x, y)
-        taps("middle", x)
-
-        y = _normalised(x, self.norm_before_feed_forward)
-        taps("feed_forward.input", y)
-        y = self.feed_forward(
-            y, implementation=implementations.linear, taps=taps.scope("feed_forward")
-        )
-        y = _normalised(y, self.norm_after_feed_forward)
-        taps("feed_forward.output", y)
-        x = _sum(x, y)
-        taps("residual", x)
+        x = add(x, y)
+        if self.laurel is not None:
+            x = self.laurel(normed, x, implementation=implementations.linear)
         return x, memory
 
 
@@ -92,6 +141,11 @@ class Transformer(nnx.Module):
             [Block(config, layer, numerics, rngs=rngs) for layer in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(config.width, config, numerics)
+        given, altup = config.per_layer_input, config.altup
+        self.per_layer_embedder = (
+            None if given is None else PerLayerEmbedder(config, given, numerics, rngs=rngs)
+        )
+        self.streams = OneStream() if altup is None else StreamProjections(config, altup, rngs=rngs)
 
     def __call__(
         self,
@@ -138,8 +192,13 @@ class Transformer(nnx.Module):
         taps = taps or Taps()
         memory: Memory = FullPass(positions) if cache is None else cache.begin(positions)
         angles = self.angles(positions)
+        linear = implementations.linear
         x = self.embedder.encode(tokens)
         taps("embed", x)
+        embedder = self.per_layer_embedder
+        inputs = None if embedder is None else embedder(tokens, x, implementation=linear)
+        x = self.streams.enter(x, implementation=linear)
+        taps("streams", x)
 
         for index, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
@@ -148,11 +207,12 @@ class Transformer(nnx.Module):
                     positions,
                     angles,
                     memory,
+                    inputs=inputs,
                     implementations=implementations,
                     taps=taps.scope(f"layers.{index}"),
                 )
 
-        x = self.final_norm(x)
+        x = self.final_norm(self.streams.leave(x, implementation=linear))
         taps("final_norm", x)
         return x, memory if isinstance(memory, KVCache) else None
 
@@ -171,20 +231,8 @@ class Transformer(nnx.Module):
                 head_width=spec.head_width,
                 theta=spec.rope.theta,
                 factor=spec.rope.factor,
+                proportion=spec.rope.proportion,
                 form=self.numerics.rope_angle,
             )
             for kind, spec in kinds.items()
         }
-
-
-def _sum(x: Float[Array, "b t d"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """x + y, of a y that was rounded first.
-
-    A norm ends with a product. Without the barrier the compiler may round it once together with
-    the sum, and whether it does depends on the shapes: a request alone would have other bits.
-    """
-    return x + jax.lax.optimization_barrier(y)  # pyright: ignore[reportUnknownMemberType]
-
-
-def _normalised(x: Float[Array, "b t d"], norm: RMSNorm | None) -> Float[Array, "b t d"]:
-    return x if norm is None else norm(x)
