@@ -30,8 +30,8 @@ from tests.kernel_cases import (
     float64,
     matrix,
     normal,
-    row_stable,
     parts,
+    row_stable,
     summed,
 )
 

@@ -58,6 +58,16 @@ class RMSNorm(nnx.Module):
         )
 
 
+class Scalar(nnx.Module):
+    """A learned number that the whole stream is multiplied by."""
+
+    def __init__(self) -> None:
+        self.factor = nnx.Param(jnp.ones((1,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return x * self.factor.get_value().astype(x.dtype)
+
+
 def normalised(x: Float[Array, "*b d"], norm: RMSNorm | None) -> Float[Array, "*b d"]:
     """norm(x), or x where the model has no such norm."""
     return x if norm is None else norm(x)

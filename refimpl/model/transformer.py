@@ -1,7 +1,6 @@
 """The forward pass of every Gemma decoder, on one page."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32, Int
@@ -14,7 +13,7 @@ from refimpl.model.experts import Experts
 from refimpl.model.implementations import REFERENCE, Implementations
 from refimpl.model.laurel import Laurel
 from refimpl.model.layer_spec import AttentionKind, LayerSpec
-from refimpl.model.layers import Embedder, FeedForward, RMSNorm, add, normalised
+from refimpl.model.layers import Embedder, FeedForward, RMSNorm, Scalar, add, normalised
 from refimpl.model.numerics import FLOAT32, Numerics
 from refimpl.model.per_layer_input import PerLayerEmbedder, PerLayerInput
 from refimpl.model.streams import AltUp, OneStream, StreamProjections
@@ -53,8 +52,7 @@ class Block(nnx.Module):
         self.per_layer_input = (
             None if given is None else PerLayerInput(config, given, numerics, rngs=rngs)
         )
-        one = jnp.asarray([1.0], jnp.float32)
-        self.scalar = nnx.Param(one) if config.has_layer_scalar else None
+        self.scalar = Scalar() if config.has_layer_scalar else None
 
     def __call__(
         self,
@@ -92,7 +90,7 @@ class Block(nnx.Module):
             taps("per_layer_input.output", y)
             x = self.streams.with_input(x, y)
         if self.scalar is not None:
-            x = x * self.scalar.get_value().astype(x.dtype)
+            x = self.scalar(x)
         taps("residual", x)
         return x, memory
 
