@@ -14,7 +14,7 @@ from tests.oracle import OracleResult, forward, from_hugging_face
 from tests.oracle.altup import correct, laurel, merge_streams, predict, split_stream
 from tests.oracle.config import OracleConfig
 from tests.oracle.elementary import rms_norm
-from tests.oracle.feed_forward import sparse
+from tests.oracle.feed_forward import gated_mlp, sparse
 from tests.oracle.random_weights import random_weights
 
 ROUNDING = 1e-12
@@ -98,6 +98,17 @@ def test_the_sparse_gate_keeps_what_stands_out():
 def test_without_sparsity_the_gate_is_left_alone():
     gate = np.array([-3.0, 0.0, 5.0])
     assert sparse(gate, sparsity=0.0) is gate
+
+
+def test_the_gate_loses_its_threshold_before_the_activation():
+    weights = {
+        "mlp.gate_proj.weight": np.array([[1.0], [3.0]]),
+        "mlp.up_proj.weight": np.array([[100.0], [10.0]]),
+        "mlp.down_proj.weight": np.array([[1.0, 1.0]]),
+    }
+    # Gate (1, 3) has mean 2, which leaves (0, 1); gelu(1) = 0.8411919906.
+    got = gated_mlp(weights, np.ones((1, 1, 1)), sparsity=0.5)
+    assert got[0, 0, 0] == pytest.approx(8.411919906, abs=1e-8)
 
 
 def test_predicting_with_zero_coefficients_changes_nothing():

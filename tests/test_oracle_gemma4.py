@@ -282,6 +282,21 @@ def test_only_relative_positions_matter(changes):
     np.testing.assert_allclose(near, far, atol=1e-8)
 
 
+def test_positions_matter_to_a_quarter_of_a_full_layer():
+    config = small(num_hidden_layers=1, layer_types=[FULL])
+    weights = random_weights(config)
+    # Of a head of width 8 a quarter of the four pairs turns: numbers 0 and 4.
+    weights["layers.0.self_attn.k_proj.weight"][[0, 4]] = 0.0
+    tokens, near, spread = np.array([[1, 9, 4]]), np.array([[0, 1, 2]]), np.array([[0, 40, 900]])
+    one, other = (forward(config, weights, tokens, where).scores[0] for where in (near, spread))
+    np.testing.assert_allclose(one, other, atol=ROUNDING)
+
+    weights["layers.0.self_attn.k_proj.weight"][0] = 1.0
+    one, other = (forward(config, weights, tokens, where).scores[0] for where in (near, spread))
+    seen = np.isfinite(one)
+    assert np.abs(one[seen] - other[seen]).max() > 1e-2
+
+
 def test_a_wider_feed_forward_is_read_off_the_weights():
     config = small(**WITH_PER_LAYER_INPUTS, use_double_wide_mlp=True)
     weights = random_weights(config)
