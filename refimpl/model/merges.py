@@ -15,7 +15,8 @@ Gemma's `tokenizer.json`:
    first means that 40 spaces become a run of 31 and one of 9, as if the longest were looked up.
 3. Equal in that too: in the order of ids.
 
-Gemma 4 stores its merges; nothing here is needed for it.
+Gemma 4 stores its merges; nothing here is needed for it. They are these: the same 514,906 in the
+same order.
 """
 
 import hashlib

@@ -16,6 +16,10 @@ How Gemma 3 reads "Hello <b>world</b>\\n\\n":
 5. `<bos>` is put in front. Gemma has never seen a text without it, and is lost then: the perplexity
    of ordinary text rises from single digits to thousands and more.
 
+Gemma 4 has the same pieces, merges and ids, but for the control pieces: none is verbatim. Runs of
+newlines are merged from single ones, to the same ids. `<b>` is no piece of its own any more: "Hello
+<b>world" ends as "Hello", "▁<", "b", ">", "world".
+
 The way back is simple: every piece stands for some bytes, and the text is all of them in a row.
 
 References: Kudo and Richardson, "SentencePiece" (arXiv 1808.06226). For the merging, Sennrich et
@@ -154,6 +158,7 @@ class Tokenizer:
             eos_ids={
                 _find(vocabulary, END),
                 *(token_id for token_id in ends if token_id is not None),
+                *metadata.get("tokenizer.ggml.eos_token_ids", ()),
                 *_turn_ends(vocabulary, chats="tokenizer.chat_template" in metadata),
             },
         )

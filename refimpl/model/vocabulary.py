@@ -9,7 +9,8 @@ There are four kinds of pieces, and text becomes each of them in its own way:
 - normal: made by merging, as `merges.py` tells;
 - byte, `<0x00>` to `<0xFF>`: what a character that is no piece falls apart into, in UTF-8;
 - verbatim ("user-defined" to SentencePiece), such as runs of newlines, HTML tags or `<unused7>`:
-  looked up in the raw text before anything else, the longest first, and never merged further;
+  looked up in the raw text before anything else, the longest first, and never merged further.
+  Gemma 4 has none: runs of newlines are merged there, `<b>` and `<unused7>` fall apart;
 - control, such as `<bos>` and `<start_of_turn>`: not at all. The engine is not even told of them;
   whoever wants one says so by its id.
 
@@ -17,7 +18,7 @@ A space is written "▁" (U+2581) in every piece, so that a piece can begin with
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,13 @@ SPACE = "▁"
 UNKNOWN = "<unk>"
 BYTE_PIECES: tuple[str, ...] = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
-# Control pieces of one generation or another that some file lists as user-defined: Hugging Face
-# marks those around images as special and llama.cpp's converters do not, CodeGemma's and some of
-# Gemma 4's have to stay visible to whoever parses the output. Nobody may type himself one.
+# Control pieces of one generation or another that some file lists as something else. Hugging Face
+# marks those around images as special and llama.cpp's converters do not; CodeGemma's and some of
+# Gemma 4's have to stay visible to whoever parses the output; where a tuned Gemma 4 has "<turn|>"
+# for its `eos_token`, "<eos>" itself is converted to a normal piece. Nobody may type himself one.
 _ALWAYS_CONTROL = frozenset(
     [
+        *("<pad>", "<eos>", "<bos>", "<unk>"),
         *("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"),
         *("<image_soft_token>", "<|image>", "<image|>", "<|image|>", "<|video|>"),
         *("<|audio>", "<audio|>", "<|audio|>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"),
@@ -74,9 +77,9 @@ class Vocabulary:
             )
 
 
-def is_always_control(piece: str) -> bool:
-    """Whether a piece that is not a normal one is control, whatever its file says."""
-    return piece in _ALWAYS_CONTROL
+def always_control(ids: Mapping[str, int]) -> frozenset[int]:
+    """Ids of the pieces, given by spelling, that are control whatever their file says."""
+    return frozenset(ids[piece] for piece in _ALWAYS_CONTROL & ids.keys())
 
 
 def is_spare(piece: str) -> bool:
@@ -106,12 +109,15 @@ def to_merges(stored: Iterable[Any], *, where: str) -> list[tuple[str, str]]:
         TokenizerError: one of them is not two pieces; `where` says which list it is in.
     """
     merges: list[Any] = [
-        tuple(item.split(" ")) if isinstance(item, str) else tuple(item) for item in stored
+        tuple(item.split(" "))
+        if isinstance(item, str)
+        else (tuple(item) if isinstance(item, list) else (item,))
+        for item in stored
     ]
     if wrong := [merge for merge in merges if len(merge) != 2]:
         raise TokenizerError(
             f"{where} has {len(wrong)} items that are not two pieces, {wrong[0]!r:.80} the first; "
-            "the file is damaged"
+            "expected pairs alone. The file is damaged, convert or download it again"
         )
     return merges
 
@@ -133,7 +139,8 @@ def build_engine(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     except Exception as error:  # `tokenizers` has no error class of its own.
         raise TokenizerError(
             f"the vocabulary's {len(vocabulary.merges)} merges do not fit its "
-            f"{len(vocabulary.ids)} pieces: {error}; the file is damaged"
+            f"{len(vocabulary.ids)} pieces: {error}; expected that both halves and their union are "
+            "pieces. The file is damaged, convert or download it again"
         ) from error
     engine = tokenizers.Tokenizer(model)
     engine.normalizer = normalizers.Replace(" ", SPACE)

@@ -4,6 +4,11 @@ Owns the `tokenizer.*` keys that say which ids a text becomes, and what llama.cp
 the pieces on the way. For Gemma 1 to 3n (`tokenizer.ggml.model` is "llama") the file has the pieces
 and scores of the SentencePiece model; for Gemma 4 ("gemma4") it has ranked merges, and scores that
 mean nothing.
+
+llama.cpp cuts a text for Gemma 4 into runs of newlines and what lies between them, and looks a
+whole run up before it merges anything. Hugging Face does neither, and nor do we. Both ways give the
+same ids: no piece has a newline and another character in it, and the merges that make the longest
+runs come first, so that a run grows from its left end until it is a piece of 31, as if looked up.
 """
 
 from collections import Counter
@@ -19,7 +24,7 @@ from refimpl.model.merges import cached_merges
 from refimpl.model.vocabulary import (
     SPACE,
     Vocabulary,
-    is_always_control,
+    always_control,
     is_spare,
     to_merges,
     with_tab,
@@ -30,6 +35,7 @@ _TOKENS = "tokenizer.ggml.tokens"
 _SCORES = "tokenizer.ggml.scores"
 _TYPES = "tokenizer.ggml.token_type"
 _MERGES = "tokenizer.ggml.merges"
+_KINDS: Mapping[str, type] = {_TOKENS: str, _TYPES: int, _SCORES: float, _MERGES: str}
 
 # Keys that would change the ids of a text if they were other than Gemma's. Gemma adds no space in
 # front, keeps every space, and normalises nothing.
@@ -39,8 +45,9 @@ _MUST_BE_OFF = (
     "tokenizer.ggml.precompiled_charsmap",
 )
 
-# Keys that do not bear on the ids of a text: roles of ids (`Tokenizer` reads some of them), what
-# llama.cpp puts around a prompt by default (`encode` is told by its caller), chat templates.
+# Keys that do not bear on the ids of a text: roles of ids (`Tokenizer` reads some of them; Ollama
+# writes `eos_token_ids`), which ids are not to be drawn, what llama.cpp puts around a prompt by
+# default (`encode` is told by its caller), chat templates.
 _HARMLESS = frozenset(
     [
         *(
@@ -52,6 +59,8 @@ _HARMLESS = frozenset(
             )
         ),
         *(f"tokenizer.ggml.add_{name}_token" for name in ("bos", "eos", "sep")),
+        "tokenizer.ggml.eos_token_ids",
+        "tokenizer.ggml.suppress_tokens",
         "tokenizer.ggml.token_type_count",
         "tokenizer.huggingface.json",
     ]
@@ -90,9 +99,9 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any], *, cache_dir: Path | None)
             f"{_TOKENS} lists {len(twice)} pieces more than once, {twice[:3]} among them; expected "
             "one id for each. The file is damaged, or its strings were changed on the way"
         )
-    control = frozenset(
+    control = always_control(ids) | {
         i for i, kind in marked.items() if _is_control(pieces[i], kind, model=metadata[_MODEL])
-    )
+    }
     if metadata[_MODEL] == "gemma4":
         merges = to_merges(metadata[_MERGES], where=_MERGES)
     else:
@@ -122,6 +131,14 @@ def _check_keys(metadata: Mapping[str, Any]) -> None:
             f"the GGUF header lacks {', '.join(missing)}, without which a {model!r} vocabulary "
             "gives no ids; convert the model again"
         )
+    for key in wanted[model]:
+        value, kind = metadata[key], _KINDS[key]
+        # A GGUF list has items of one type: the first stands for all.
+        if not isinstance(value, list) or not isinstance(value[0] if value else None, kind):
+            raise TokenizerError(
+                f"{key} is {value!r:.50}, expected a list of {kind.__name__}; the file is damaged, "
+                "convert the model again"
+            )
     for key in _MUST_BE_OFF:
         if metadata.get(key):
             raise TokenizerError(
@@ -169,8 +186,6 @@ def _read_pieces(metadata: Mapping[str, Any]) -> tuple[list[str], dict[int, Piec
 
 
 def _is_control(piece: str, kind: PieceType, *, model: str) -> bool:
-    if is_always_control(piece):
-        return True
     if kind not in (PieceType.UNKNOWN, PieceType.CONTROL):
         return False
     # Gemma 4's types are Hugging Face's own; the others went through llama.cpp's guess by spelling.

@@ -17,7 +17,7 @@ from refimpl.model.vocabulary import (
     SPACE,
     UNKNOWN,
     Vocabulary,
-    is_always_control,
+    always_control,
     to_merges,
     with_tab,
 )
@@ -81,19 +81,19 @@ def read_json_vocabulary(path: Path) -> Vocabulary:
                 f"piece of the vocabulary {ids[entry['content']]}; expected the same; the file is "
                 "damaged"
             )
-    control = [entry for entry in added if entry["special"] or is_always_control(entry["content"])]
-    for entry in control:
-        if entry["single_word"] or entry["lstrip"] or entry["rstrip"]:
+    control = always_control(ids) | {entry["id"] for entry in added if entry["special"]}
+    for entry in added:
+        changes_neighbours = entry["single_word"] or entry["lstrip"] or entry["rstrip"]
+        if changes_neighbours and entry["id"] in control:
             raise TokenizerError(
                 f"{path}: the control piece {entry['content']!r} wants its neighbours changed "
                 "(single_word, lstrip or rstrip is true), expected all three false as in Gemma"
             )
-    control_ids = frozenset(entry["id"] for entry in control)
     return Vocabulary(
         ids=ids,
         merges=to_merges(model["merges"], where=f"{path}: model.merges"),
-        verbatim=tuple(_added_token(entry) for entry in added if entry["id"] not in control_ids),
-        control=control_ids,
+        verbatim=tuple(_added_token(entry) for entry in added if entry["id"] not in control),
+        control=control,
     )
 
 
