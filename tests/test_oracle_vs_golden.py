@@ -11,6 +11,7 @@ times the bound, and a test below holds it to that.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,18 @@ NEAR = ("short", "long", "left_padded", "right_padded")
 WHOLE_PASS = 2e-5
 ONE_LAYER = 1e-5
 
-every_model = pytest.mark.parametrize("name", sorted(synthetic.TINY))
+MODELS = {**synthetic.TINY, **synthetic.TINY_NEWER}
+every_model = pytest.mark.parametrize("name", sorted(MODELS))
+FAR = [(name, "far") for name in sorted(MODELS)]
+FAR += [(name, "very_far") for name in sorted(synthetic.TINY_NEWER)]
+every_model_far_away = pytest.mark.parametrize(("name", "case"), FAR)
+every_model_everywhere = pytest.mark.parametrize(
+    ("name", "case"), [*[(name, case) for name in sorted(MODELS) for case in NEAR], *FAR]
+)
+every_model_unpadded = pytest.mark.parametrize(
+    ("name", "case"),
+    [*[(name, case) for name in sorted(MODELS) for case in ("short", "long")], *FAR],
+)
 
 
 class Case:
@@ -65,12 +77,14 @@ class Case:
         return float(np.abs(got - want).max() / max(1.0, np.sqrt(np.mean(got**2))))
 
 
+@cache
 def model(name: str) -> tuple[OracleConfig, dict[str, np.ndarray]]:
     """Configuration and float32 weights of the text model, names without their prefix."""
-    prefix = "language_model.model." if name == "gemma3_multimodal" else "model."
     tensors = synthetic.tensors(name)
+    (table,) = (key for key in tensors if key.endswith("embed_tokens.weight"))
+    prefix = table.removesuffix("embed_tokens.weight")
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return from_hugging_face(synthetic.TINY[name]), weights
+    return from_hugging_face(MODELS[name]), weights
 
 
 @every_model
@@ -91,22 +105,22 @@ def test_logits_and_every_residual(name, case, angles):
     assert golden.difference(result.logits, golden.logits) < WHOLE_PASS
 
 
-@every_model
-def test_far_from_the_start_the_float32_angles_are_all_that_differs(name):
-    golden = Case(name, "far")
+@every_model_far_away
+def test_far_from_the_start_the_float32_angles_are_all_that_differs(name, case):
+    golden = Case(name, case)
     result = golden.run(name, float32_angles)
     for got, want in zip(result.residuals, golden.residuals, strict=True):
         assert golden.difference(got, want) < WHOLE_PASS
     assert golden.difference(result.logits, golden.logits) < WHOLE_PASS
 
-    # At p = 5011 a float32 angle is off by up to 3 p 2^-24 = 9e-4, and so is, at first order, what
-    # it turns. No float32 program that computes its angles this way can promise more so far out.
+    # At p = 5011 a float32 angle is off by up to 3 p 2^-24 = 9e-4, at p = 70011 by up to 1.3e-2,
+    # and so is, at first order, what it turns. No float32 program that computes its angles this way
+    # can promise more so far out.
     exact = golden.difference(golden.run(name, exact_angles).logits, golden.logits)
-    assert WHOLE_PASS < exact < 9e-4
+    assert WHOLE_PASS < exact < 3 * golden.positions.max() * 2.0**-24
 
 
-@every_model
-@pytest.mark.parametrize("case", [*NEAR, "far"])
+@every_model_everywhere
 def test_each_layer_given_the_stream_before_it(name, case):
     """No error of an earlier layer hides or excuses one of a later layer here."""
     golden = Case(name, case)
@@ -128,8 +142,7 @@ def test_each_layer_given_the_stream_before_it(name, case):
     assert golden.difference(logits, golden.logits) < ONE_LAYER
 
 
-@every_model
-@pytest.mark.parametrize("case", ["short", "long", "far"])
+@every_model_unpadded
 def test_largest_score_of_each_layer(name, case):
     golden = Case(name, case)
     scores = golden.run(name, float32_angles).scores
