@@ -9,7 +9,14 @@ import pytest
 
 from refimpl.errors import ConfigError, UnknownModelError
 from refimpl.model.config import MOST_LAYERS, GemmaConfig, periodic_kinds
-from refimpl.model.layer_spec import AttentionKind, LayerSpec, RopeSpec
+from refimpl.model.hf_families import FAMILIES, NESTED
+from refimpl.model.layer_spec import (
+    AttentionKind,
+    ExpertsSpec,
+    LayerSpec,
+    PerLayerInputSpec,
+    RopeSpec,
+)
 from refimpl.model.variants import VARIANTS, variant
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +92,27 @@ PUBLISHED = {
     "gemma-3-27b": Published(
         27_009_346_304, 62, 5376, 32, 16, 128, 21504, 262_208, 131_072, 1024, 6, 1e4, 1e6, 8.0, 168,
         (None, None)),
+    "gemma-3n-e2b": Published(
+        4_435_182_688, 30, 2048, 8, 2, 256, 8192, 262_400, 32768, 512, 5, 1e4, 1e6, 1.0, 1,
+        (None, 30.0)),
+    "gemma-3n-e4b": Published(
+        6_835_235_568, 35, 2048, 8, 2, 256, 16384, 262_400, 32768, 512, 5, 1e4, 1e6, 1.0, 1,
+        (None, 30.0)),
+    "gemma-4-e2b": Published(
+        4_628_569_379, 35, 1536, 8, 1, 256, 6144, 262_144, 131_072, 512, 5, 1e4, 1e6, 1.0, 1,
+        (None, 30.0)),
+    "gemma-4-e4b": Published(
+        7_463_013_418, 42, 2560, 8, 2, 256, 10240, 262_144, 131_072, 512, 6, 1e4, 1e6, 1.0, 1,
+        (None, 30.0)),
+    "gemma-4-12b": Published(
+        11_907_350_320, 48, 3840, 16, 8, 256, 15360, 262_144, 262_144, 1024, 6, 1e4, 1e6, 1.0, 1,
+        (None, 30.0)),
+    "gemma-4-26b-a4b": Published(
+        25_233_141_790, 30, 2816, 16, 8, 256, 2112, 262_144, 262_144, 1024, 6, 1e4, 1e6, 1.0, 1,
+        (None, 30.0)),
+    "gemma-4-31b": Published(
+        30_697_345_340, 60, 5376, 32, 16, 256, 21504, 262_144, 262_144, 1024, 6, 1e4, 1e6, 1.0, 1,
+        (None, 30.0)),
 }
 # fmt: on
 
@@ -147,9 +175,19 @@ def test_variant_has_the_published_numbers(name):
 def test_variant_has_the_features_of_its_generation(name):
     config = variant(name)
     is_gemma2, is_gemma3 = name.startswith("gemma-2-"), name.startswith("gemma-3-")
-    assert config.has_post_norms is (is_gemma2 or is_gemma3)
-    assert config.has_query_key_norm is is_gemma3
-    assert (config.norm_offset, config.norm_epsilon, config.has_tied_head) == (1.0, 1e-6, True)
+    is_gemma3n, is_gemma4 = name.startswith("gemma-3n-"), name.startswith("gemma-4-")
+    is_newer = is_gemma3n or is_gemma4
+    assert config.has_post_norms is (is_gemma2 or is_gemma3 or is_newer)
+    assert config.has_query_key_norm is (is_gemma3 or is_newer)
+    assert config.has_value_norm is is_newer
+    assert config.has_layer_scalar is is_gemma4
+    assert config.global_rope.proportion == (0.25 if is_gemma4 else 1.0)
+    assert (config.altup is not None, config.laurel_rank) == (
+        is_gemma3n,
+        64 if is_gemma3n else None,
+    )
+    assert config.norm_offset == (0.0 if is_newer else 1.0)
+    assert (config.norm_epsilon, config.has_tied_head) == (1e-6, True)
     assert (config.pad_id, config.eos_ids, config.bos_id) == (0, (1,), 2)
 
 
@@ -179,6 +217,59 @@ def test_layer_i_is_global_when_i_plus_1_is_a_multiple_of_the_period(name):
 def test_first_and_last_layers(name, first, last):
     kinds = list(variant(name).layer_kinds)
     assert (kinds[: len(first)], kinds[-len(last) :]) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "values_are_keys", "experts"),
+    [
+        ("gemma-4-e2b", 1, False, None),
+        ("gemma-4-e4b", 2, False, None),
+        ("gemma-4-12b", 1, True, None),
+        ("gemma-4-26b-a4b", 2, True, ExpertsSpec(count=128, chosen=8, width=704)),
+        ("gemma-4-31b", 4, True, None),
+    ],
+)
+def test_global_layers_of_gemma_4(name, kv_heads, values_are_keys, experts):
+    for spec in variant(name).layers:
+        expected = (512, kv_heads, values_are_keys) if spec.kind is GLOBAL else None
+        found = (spec.head_width, spec.num_kv_heads, spec.values_are_keys)
+        assert found == (expected or (256, variant(name).num_kv_heads, False))
+    assert variant(name).experts == experts
+
+
+@pytest.mark.parametrize(
+    ("name", "owners", "local", "everywhere", "last_width"),
+    [
+        ("gemma-3n-e2b", 20, 18, 19, 8192),
+        ("gemma-3n-e4b", 20, 18, 19, 16384),
+        # Layers without keys are twice as wide here, and here only.
+        ("gemma-4-e2b", 15, 13, 14, 12288),
+        ("gemma-4-e4b", 24, 22, 23, 10240),
+    ],
+)
+def test_layers_without_keys(name, owners, local, everywhere, last_width):
+    config = variant(name)
+    assert {spec.donor for spec in config.layers[:owners]} == {None}
+    for spec in config.layers[owners:]:
+        assert spec.donor == (local if spec.kind is LOCAL else everywhere)
+        assert spec.feed_forward_width == last_width
+    assert {spec.feed_forward_width for spec in config.layers[:owners]} == {
+        PUBLISHED[name].feed_forward
+    }
+
+
+def test_parts_of_small_models():
+    with_inputs = [name for name, config in VARIANTS.items() if config.per_layer_input is not None]
+    assert with_inputs == ["gemma-3n-e2b", "gemma-3n-e4b", "gemma-4-e2b", "gemma-4-e4b"]
+    for name in with_inputs:
+        inputs = PerLayerInputSpec(
+            width=256, vocab_size=262_144, has_rounded_scales=name.startswith("gemma-3n")
+        )
+        assert variant(name).per_layer_input == inputs
+    for name in with_inputs[:2]:
+        cutoffs = [spec.gate_cutoff for spec in variant(name).layers]
+        assert cutoffs[:10] == pytest.approx([1.6448536] * 10, abs=1e-7)
+        assert set(cutoffs[10:]) == {None}
 
 
 def test_a_layer_knows_everything_about_itself():
@@ -282,7 +373,7 @@ GENERATION_FREE = [
     ROOT / "refimpl" / "model" / f"{name}.py"
     for name in ("transformer", "layers", "attention", "cache", "implementations", "numerics")
 ] + sorted((ROOT / "kernels" / "refimpl_kernels").glob("*.py"))
-GENERATIONS = {"gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma", *PUBLISHED}
+GENERATIONS = {*FAMILIES, *NESTED, *PUBLISHED}
 
 
 def generation_questions(source: str) -> list[str]:

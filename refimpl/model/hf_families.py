@@ -157,7 +157,6 @@ _GEMMA4_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "sliding_window_pattern": 6,
-    "global_head_dim": 512,
     "num_global_key_value_heads": None,
     "attention_k_eq_v": False,
     "num_kv_shared_layers": 0,

@@ -4,15 +4,14 @@ Source: transformers 5.23, `models/gemma3n/configuration_gemma3n.py` and `modeli
 """
 
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any
 
 from refimpl.errors import ConfigError
 from refimpl.model.config import GemmaConfig
+from refimpl.model.gate_sparsity import cutoff_of_share, share_below
 from refimpl.model.hf_layers import layer_kinds, layer_types, rope_objects, two_ropes
 from refimpl.model.layer_spec import AltUpSpec, PerLayerInputSpec
 
-_NORMAL = NormalDist()
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95
 
 
@@ -41,6 +40,7 @@ def gemma3n_parts(values: Mapping[str, Any]) -> dict[str, Any]:
         "per_layer_input": PerLayerInputSpec(
             width=values["hidden_size_per_layer_input"] or 0,
             vocab_size=values["vocab_size_per_layer_input"],
+            has_rounded_scales=True,
         ),
         "altup": AltUpSpec(streams=values["altup_num_inputs"], active=values["altup_active_idx"]),
         "laurel_rank": values["laurel_rank"],
@@ -58,7 +58,7 @@ def gemma3n_keys(config: GemmaConfig) -> dict[str, Any]:
         "rope_parameters": rope_objects(config.local_rope, config.global_rope),
         "intermediate_size": [spec.feed_forward_width for spec in config.layers],
         "num_kv_shared_layers": config.num_sharing_layers,
-        "activation_sparsity_pattern": [_sparsity(cutoff) for cutoff in cutoffs],
+        "activation_sparsity_pattern": [share_below(cutoff) for cutoff in cutoffs],
         "hidden_size_per_layer_input": None if ple is None else ple.width,
         "vocab_size_per_layer_input": None if ple is None else ple.vocab_size,
         "altup_num_inputs": None if altup is None else altup.streams,
@@ -80,8 +80,10 @@ def _feed_forward_widths(size: int | list[int], num_layers: int) -> tuple[int, .
     return tuple(size)
 
 
-def _gate_cutoffs(pattern: list[float] | None, num_layers: int) -> tuple[float | None, ...] | None:
-    """From the share of the gate that is cut off, as if it were normally distributed."""
+def _gate_cutoffs(
+    pattern: list[int | float] | None, num_layers: int
+) -> tuple[float | None, ...] | None:
+    """From the share of the gate that is cut off in each layer."""
     if pattern is None:
         sparse = _SPARSE_LAYERS if num_layers > _SPARSE_LAYERS else 0
         pattern = [_SPARSITY] * sparse + [0.0] * (num_layers - sparse)
@@ -89,16 +91,5 @@ def _gate_cutoffs(pattern: list[float] | None, num_layers: int) -> tuple[float |
         raise ConfigError(
             f"activation_sparsity_pattern must name all {num_layers} layers, got {len(pattern)}"
         )
-    strange = [share for share in pattern if not 0 <= share < 1]
-    if strange:
-        raise ConfigError(
-            f"activation_sparsity_pattern must be at least 0 and below 1, got {strange!r:.80}"
-        )
-    cutoffs = tuple(_NORMAL.inv_cdf(share) if share > 0 else None for share in pattern)
+    cutoffs = tuple(cutoff_of_share(share) for share in pattern)
     return cutoffs if any(cutoff is not None for cutoff in cutoffs) else None
-
-
-def _sparsity(cutoff: float | None) -> float:
-    """The share that lies below so many standard deviations."""
-    # Rounded as nobody writes more digits: 0.95, and not 0.9500000000000001.
-    return 0.0 if cutoff is None else round(_NORMAL.cdf(cutoff), 12)

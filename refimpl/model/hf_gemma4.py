@@ -14,6 +14,7 @@ from refimpl.model.layer_spec import AttentionKind, ExpertsSpec, PerLayerInputSp
 from refimpl.model.value_kinds import INTEGER, kind_faults
 
 _ROPES = RopeSpec(theta=1e4), RopeSpec(theta=1e6, proportion=0.25)
+_GLOBAL_HEAD_WIDTH = 512
 _OVERRIDES = {"head_dim": INTEGER, "num_key_value_heads": INTEGER}
 
 
@@ -88,11 +89,23 @@ def _heads(values: Mapping[str, Any], kinds: tuple[AttentionKind, ...]) -> dict[
     common = values["head_dim"], values["num_key_value_heads"]
     # Only keys that are values too have their own number of heads in global layers.
     own_heads = values["num_global_key_value_heads"] if values["attention_k_eq_v"] else None
-    named = values["global_head_dim"], common[1] if own_heads is None else own_heads
+    stated = values.get("global_head_dim"), own_heads
     if "per_layer_config" in values:
         local, everywhere = _heads_by_layer(values["per_layer_config"] or {}, kinds, common)
+        if any(one not in (None, other) for one, other in zip(stated, everywhere, strict=True)):
+            raise ConfigError(
+                "global_head_dim and num_global_key_value_heads, and per_layer_config, are two "
+                f"spellings of one thing, got {stated} and {everywhere}; remove the wrong one"
+            )
     else:
-        local, everywhere = common, named
+        defaults = _GLOBAL_HEAD_WIDTH, common[1]
+        local, everywhere = (
+            common,
+            tuple(
+                default if one is None else one
+                for one, default in zip(stated, defaults, strict=True)
+            ),
+        )
     return {
         "head_width": local[0],
         "num_kv_heads": local[1],

@@ -127,6 +127,9 @@ def _rope(parameters: Any, theta: int | float | None) -> RopeSpec:
             f"rope parameters must be an object of texts and numbers: {parameters!r:.200}"
         )
     given = {key: value for key, value in parameters.items() if value is not None}
+    if given.get("partial_rotary_factor") == 1:
+        # All of it, which every type does without being told.
+        del given["partial_rotary_factor"]
     types = {given[key] for key in ("rope_type", "type") if key in given} or {"default"}
     further = _TYPES.get(min(types)) if len(types) == 1 else None
     base = given.get("rope_theta", theta)

@@ -67,6 +67,23 @@ def _entries() -> tuple[Entry, ...]:
                 f"gemma-3-{size}",
             ),
         ]
+    for size in ("E2B", "E4B", "12B", "26B-A4B", "31B"):
+        # Ollama's tag of the mixture of experts leaves out how many see a token.
+        variant, short = f"gemma-4-{size.lower()}", size.lower().removesuffix("-a4b")
+        listed += [
+            Entry(f"{google}gemma-4-{size}", (f"gemma4:{size.lower()}-pt",), variant),
+            Entry(
+                f"{google}gemma-4-{size}-it",
+                (f"gemma4:{short}", f"gemma4:{size.lower()}-it"),
+                variant,
+            ),
+        ]
+    for size in ("E2B", "E4B"):
+        tag, variant = f"gemma3n:{size.lower()}", f"gemma-3n-{size.lower()}"
+        listed += [
+            Entry(f"{google}gemma-3n-{size}", (f"{tag}-pt",), variant),
+            Entry(f"{google}gemma-3n-{size}-it", (tag, f"{tag}-it"), variant),
+        ]
     for size in ("2b", "9b", "27b"):
         listed += [
             Entry(f"{google}gemma-2-{size}", (f"gemma2:{size}-text",), f"gemma-2-{size}"),
@@ -103,7 +120,7 @@ DEFAULT = REGISTRY[0]
 def find(name: str) -> Entry | None:
     """The entry of this id or tag, in any case, or None."""
     wanted = name.lower()
-    return next((entry for entry in REGISTRY if wanted in (entry.id, *entry.tags)), None)
+    return next((entry for entry in REGISTRY if wanted in (entry.id.lower(), *entry.tags)), None)
 
 
 def locate(name: str | None = None, *, progress: Progress | None = None) -> Path:
@@ -164,9 +181,9 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _suggestion(name: str) -> str:
-    names = [known for entry in REGISTRY for known in (entry.id, *entry.tags)]
-    close = difflib.get_close_matches(name.lower(), names, n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    known = {name.lower(): name for entry in REGISTRY for name in (entry.id, *entry.tags)}
+    close = difflib.get_close_matches(name.lower(), known, n=3)
+    return f" (did you mean {' or '.join(known[match] for match in close)}?)" if close else ""
 
 
 def _unknown(name: str) -> str:

@@ -4,6 +4,7 @@ JSON and GGUF give numbers, texts, truth values, lists and objects; a file that 
 is meant, or 256.0, is refused by name before anything is computed from it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,18 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(_is_number(item) for item in value)
 
 
+def _are_cutoffs(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(i) or i == -math.inf for i in value)
+
+
+def _are_booleans(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_boolean(item) for item in value)
+
+
+def _is_pattern(value: Any) -> bool:
+    return _is_integer(value) or _are_booleans(value)
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
@@ -68,6 +81,9 @@ TEXTS = Kind("a list of texts", _are_texts)
 IDS = Kind("an id or a list of ids", _are_ids)
 SIZES = Kind("an integer or a list of integers", _are_ids)
 NUMBERS = Kind("a list of finite numbers", _are_numbers)
+CUTOFFS = Kind("a list of numbers below infinity", _are_cutoffs)
+BOOLEANS = Kind("a list of true and false", _are_booleans)
+PATTERN = Kind("an integer or a list of true and false", _is_pattern)
 OBJECT = Kind("an object", _is_object)
 
 
