@@ -4,7 +4,7 @@ Two programs that share nothing, written from the same papers, meet here. Differ
 to the root mean square of what is compared, when that is above one.
 
 The bounds. Moving every weight by at most one float32 rounding (2^-24 of itself, at random) moves
-the oracle's own result by up to 3e-6 in these models; float32 arithmetic rounds a few times per
+the oracle's own result by up to 5e-6 in these models; float32 arithmetic rounds a few times per
 weight, and the largest difference seen is 9e-6 through all layers and 4e-6 through one. The bounds
 are about twice that. The smallest mistake that the goldens list moves a logit by at least fifty
 times the bound, and a test below holds it to that.
