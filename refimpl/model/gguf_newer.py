@@ -164,7 +164,7 @@ def _values_are_keys(owners: tuple[AttentionKind, ...], shapes: Shapes) -> bool:
     """Whether global layers with keys of their own lack a projection of values."""
     found: set[bool] = set()
     for index, kind in enumerate(owners):
-        if kind is AttentionKind.GLOBAL:
+        if kind is AttentionKind.GLOBAL and f"blk.{index}.attn_qkv.weight" not in shapes:
             _shape(shapes, f"blk.{index}.attn_k.weight")
             found.add(f"blk.{index}.attn_v.weight" not in shapes)
     if len(found) > 1:
