@@ -209,6 +209,7 @@ def test_words_of_the_first_files_of_gemma_4():
         "query_pre_attn_scalar": 256,
         "_sliding_window_pattern": 5,
         "stream_and_decode_in_f32": True,
+        "routed_layer_pattern": None,
         "attn_logit_softcapping": None,
     }
     assert from_hugging_face(released).layers == variant("gemma-4-26b-a4b").layers
@@ -617,6 +618,7 @@ def test_a_key_that_the_family_does_not_read_is_refused(family, key, value):
         ("gemma4_text", "use_bidirectional_attention", "all"),
         ("gemma4_text", "attention_use_bidirectional", True),
         ("gemma4_unified_text", "use_bidirectional_attention", "all"),
+        ("gemma4_text", "routed_layer_pattern", [0, 1]),
         ("gemma4_text", "attention_bias", True),
         ("gemma4_text", "hidden_activation", "silu"),
         ("gemma4_text", "quantization_config", {"bits": 4}),

@@ -35,8 +35,8 @@ def from_gguf(
 ) -> GemmaConfig:
     """The architecture that a GGUF file describes.
 
-    Which pieces end a turn is written nowhere in these keys for Gemma 4: `eos_ids` are those that
-    the file names, and the tokenizer adds its own.
+    `eos_ids` are those that these keys name. A Gemma 4 that chats ends its turns with other pieces,
+    too, which the tokenizer knows by their names.
 
     Args:
         metadata: the file's key-value pairs.
@@ -62,22 +62,11 @@ def from_gguf(
         raise ConfigError(f"cannot carry this GGUF file ({name}.*): " + "; ".join(found))
 
     values = {**architecture.defaults, **stored}
-    num_heads, num_kv_heads = values["attention.head_count"], values["attention.head_count_kv"]
-    head_width = values["attention.key_length"]
     local_rope, global_rope = _ropes(values, is_one=name in ("gemma", "gemma2"))
     common: dict[str, Any] = {
         "family": architecture.family,
         "vocab_size": vocab_size,
-        "width": values["embedding_length"],
-        "num_heads": num_heads,
-        # No heads is refused with the other contradictions, not by a division.
-        "head_width": values["embedding_length"] // max(num_heads, 1)
-        if head_width is None
-        else head_width,
-        "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
-        "feed_forward_width": values["feed_forward_length"],
-        "window": values.get("attention.sliding_window"),
-        "context_length": values["context_length"],
+        **_sizes(values),
         "local_rope": local_rope,
         "global_rope": global_rope,
         "attention_cap": optional_float(values.get("attn_logit_softcapping")),
@@ -97,6 +86,22 @@ def from_gguf(
     else:
         parts = _older_parts(values, name)
     return GemmaConfig(**{**common, **parts})
+
+
+def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that all architectures name alike."""
+    width, num_heads = values["embedding_length"], values["attention.head_count"]
+    num_kv_heads, head_width = values["attention.head_count_kv"], values["attention.key_length"]
+    return {
+        "width": width,
+        "num_heads": num_heads,
+        # No heads is refused with the other contradictions, not by a division.
+        "head_width": width // max(num_heads, 1) if head_width is None else head_width,
+        "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
+        "feed_forward_width": values["feed_forward_length"],
+        "window": values.get("attention.sliding_window"),
+        "context_length": values["context_length"],
+    }
 
 
 def _older_parts(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -175,10 +175,13 @@ _GEMMA4_PASSED_OVER = _PATTERNS | {
 }  # fmt: skip
 # Released files carry both; scores are not scaled, and the second names no option of the class.
 _GEMMA4_IGNORED = frozenset({"query_pre_attn_scalar", "stream_and_decode_in_f32"})
-# Only images look ahead in "vision"; in a text every position sees what stands before it.
+# Only images look ahead in "vision"; in a text every position sees what stands before it. The
+# second is the first files' word for the first.
 _GEMMA4_DEMANDED = {
     "use_bidirectional_attention": ("vision", False, None),
     "attention_use_bidirectional": ("vision", False, None),
+    # A list would name layers with experts; transformers knows no such list.
+    "routed_layer_pattern": (None,),
 }
 _EXPERTS: dict[str, Kind] = {
     "enable_moe_block": BOOLEAN,

@@ -98,13 +98,10 @@ def _heads(values: Mapping[str, Any], kinds: tuple[AttentionKind, ...]) -> dict[
                 f"spellings of one thing, got {stated} and {everywhere}; remove the wrong one"
             )
     else:
-        defaults = _GLOBAL_HEAD_WIDTH, common[1]
-        local, everywhere = (
-            common,
-            tuple(
-                default if one is None else one
-                for one, default in zip(stated, defaults, strict=True)
-            ),
+        local = common
+        everywhere = (
+            _GLOBAL_HEAD_WIDTH if stated[0] is None else stated[0],
+            common[1] if stated[1] is None else stated[1],
         )
     return {
         "head_width": local[0],
@@ -125,19 +122,7 @@ def _heads_by_layer(
             raise ConfigError(
                 f"per_layer_config must name layers in 0..{len(kinds) - 1}, got {name!r:.80}"
             )
-        if not isinstance(override, Mapping) or not set(override) <= set(_OVERRIDES):
-            raise ConfigError(
-                f"per_layer_config[{name}] must be an object of {' and '.join(_OVERRIDES)}, "
-                f"got {override!r:.80}"
-            )
-        faults = kind_faults(override, _OVERRIDES)
-        if faults:
-            raise ConfigError(f"per_layer_config[{name}]." + "; ".join(faults))
-        given = {key: value for key, value in override.items() if value is not None}
-        by_layer[index] = (
-            given.get("head_dim", common[0]),
-            given.get("num_key_value_heads", common[1]),
-        )
+        by_layer[index] = _own_heads(name, override, common)
     found = []
     for kind in AttentionKind:
         of_kind = {by_layer[i] for i, other in enumerate(kinds) if other is kind} or {common}
@@ -148,6 +133,20 @@ def _heads_by_layer(
             )
         found += of_kind
     return found[0], found[1]
+
+
+def _own_heads(name: str, override: Any, common: tuple[int, int]) -> tuple[int, int]:
+    """Of one layer."""
+    if not isinstance(override, Mapping) or not set(override) <= set(_OVERRIDES):
+        raise ConfigError(
+            f"per_layer_config[{name}] must be an object of {' and '.join(_OVERRIDES)}, "
+            f"got {override!r:.80}"
+        )
+    faults = kind_faults(override, _OVERRIDES)
+    if faults:
+        raise ConfigError(f"per_layer_config[{name}]." + "; ".join(faults))
+    given = {key: value for key, value in override.items() if value is not None}
+    return given.get("head_dim", common[0]), given.get("num_key_value_heads", common[1])
 
 
 def _per_layer_config(config: GemmaConfig) -> dict[str, dict[str, int]]:
