@@ -10,8 +10,10 @@ from typing import Any
 
 from refimpl.engine.engine import Engine
 from refimpl.server.app import create_app
-from refimpl.server.lifecycle import Loaded, Service
-from refimpl.server.run import Listener, Server
+from refimpl.server.lifecycle import Service
+from refimpl.server.listener import Listener
+from refimpl.server.loading import Loaded
+from refimpl.server.run import Server
 from refimpl.server.settings import ServerSettings
 from tests.servers import FINGERPRINT, NAMES
 

@@ -12,7 +12,8 @@ from werkzeug.datastructures import Headers
 
 from refimpl.engine.engine import Engine
 from refimpl.server.app import create_app
-from refimpl.server.lifecycle import Loaded, Service
+from refimpl.server.lifecycle import Service
+from refimpl.server.loading import Loaded
 from refimpl.server.settings import ServerSettings
 from tests.engines import tiny_engine
 
@@ -104,7 +105,7 @@ def started(settings: ServerSettings, *, load: Callable[[Any], Loaded]) -> Servi
     """A service that has loaded, or has failed to."""
     service = Service(settings, names=NAMES, load=load)
     service.begin()
-    service._thread.join(10)
+    service.wait_until_loaded(10.0)
     assert not service.is_loading
     return service
 

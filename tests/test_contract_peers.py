@@ -31,7 +31,8 @@ import pytest
 from refimpl.engine.events import Delta
 from refimpl.server.app import create_app
 from refimpl.server.keys import read_keys
-from refimpl.server.lifecycle import Loaded, Service
+from refimpl.server.lifecycle import Service
+from refimpl.server.loading import Loaded
 from refimpl.server.settings import ServerSettings
 from tests.engines import tiny_engine
 from tests.servers import FINGERPRINT, MODEL, NAMES, Client, client_of, tiny_client

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 from refimpl.server.app import create_app
 from refimpl.server.contract import CompletionRequest
 from refimpl.server.errors import Problem, dumps
-from refimpl.server.lifecycle import Loaded, Service
+from refimpl.server.lifecycle import Service
+from refimpl.server.loading import Loaded
 from refimpl.server.models import Model, ModelList
 from refimpl.server.openapi import document
 from refimpl.server.operations import OPERATIONS

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from refimpl.serve.fingerprint import fingerprint
 from refimpl.serve.names import names_of
 from refimpl.server.keys import read_keys
 from refimpl.server.sources import FIELDS, flag_of
+from tests.served import eventually
 
 # Programs are compiled from nothing, on a machine that may have much else to do.
 START_SECONDS = 240
 STOP_SECONDS = 30
+# Longer than a test would wait, so that one that drains is not one that ends at once.
+DRAIN_SECONDS = 120
 KEY = "sk-test-key-that-nobody-knows"
 PROMPT = "secretive prompt"
 
@@ -110,7 +114,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "gemma_mqa")
     process = Server(
         "--model", str(folder), "--slots", "1", "--context", "128", "--log-format", "json",
-        REFIMPL_API_KEYS=KEY, REFIMPL_ALIASES="tea", REFIMPL_DRAIN_SECONDS="20",
+        REFIMPL_API_KEYS=KEY, REFIMPL_ALIASES="tea", REFIMPL_DRAIN_SECONDS=str(DRAIN_SECONDS),
         REFIMPL_CACHE_DIR=str(tmp_path_factory.mktemp("cache")),
     )  # fmt: skip
     try:
@@ -206,20 +210,42 @@ def test_http_2_without_tls(server: Server) -> None:
     assert int(compilations[1]) >= 5
 
 
-def test_sigterm_lets_what_runs_end_and_exits_with_0(server: Server) -> None:
+def num_requests(server: Server) -> int:
+    """Requests that run or wait in the engine."""
+    figures = httpx2.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    return sum(int(count) for count in re.findall(r"num_requests_\w+{.*} (\d+)", figures))
+
+
+def test_one_signal_lets_what_runs_end_another_does_not_and_either_exits_with_0(
+    server: Server,
+) -> None:
     """Comes last: the server is gone afterwards."""
-    stream = client_of(server).completions.create(
-        **body(max_tokens=100, stream=True, extra_body={"ignore_eos": True})
-    )
-    chunks = [next(stream)]
-    server.signal(signal.SIGTERM)
-    chunks += list(stream)
-    assert chunks[-1].choices[0].finish_reason == "length"
+    client = client_of(server)
+
+    def asked(n: int) -> openai.types.Completion:
+        # Each is a hundred tokens in the one slot, and this many of them one after the other.
+        return client.completions.create(
+            **body(max_tokens=100, n=n, extra_body={"ignore_eos": True})
+        )
+
+    with ThreadPoolExecutor() as pool:
+        few = pool.submit(asked, 10)
+        eventually(lambda: num_requests(server) == 1)
+        many = pool.submit(asked, 100)
+        eventually(lambda: num_requests(server) == 2)
+        server.signal(signal.SIGTERM)
+        assert [choice.finish_reason for choice in few.result(60).choices] == ["length"] * 10
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            asked(1)
+        assert not many.done()
+        server.signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError):
+            many.result(STOP_SECONDS)
+    # Far less than the time to drain.
     assert server.ended() == 0
     lines = [json.loads(line) for line in server.err if line.startswith("{")]
-    completions = [line for line in lines if line["path"] == "/v1/completions"]
-    assert completions[-1]["completion_tokens"] == 100
-    assert completions[-1]["key"] == "key-1"
+    [whole] = [line for line in lines if line.get("completion_tokens") == 1000]
+    assert (whole["status"], whole["key"]) == (200, "key-1")
     assert {line["level"] for line in lines} == {"info"}
     printed = "".join(server.out + server.err)
     assert KEY not in printed
@@ -231,9 +257,6 @@ def test_ctrl_c_while_it_loads_exits_with_0(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "tiny", "gemma_mqa")
     with started("--model", str(folder), REFIMPL_CACHE_DIR=str(tmp_path)) as process:
         process.wait_for(r"answers; loading tiny", process.err, seconds=60)
-        # Signals are heeded once it answers.
-        address = "".join(process.err).split(" ")[1]
-        assert httpx2.get(f"{address}/ready", timeout=60).status_code == 503
         process.signal(signal.SIGINT)
         assert process.ended() == 0
         assert "Traceback" not in "".join(process.err)

@@ -18,7 +18,8 @@ from refimpl.server import access_log, errors
 from refimpl.server.access_log import AccessLog
 from refimpl.server.errors import Problem
 from refimpl.server.keys import Key
-from refimpl.server.lifecycle import Load, Loaded, Progress, Service
+from refimpl.server.lifecycle import Service
+from refimpl.server.loading import UNKNOWN_WAIT, Load, Loaded, Pace, Progress
 from refimpl.server.metrics import EngineStatistics, Metrics
 from refimpl.server.rates import Allowance, Budget
 from refimpl.server.settings import ServerSettings
@@ -118,6 +119,43 @@ def test_it_loads_and_is_ready():
     assert service.engine.is_healthy
     assert reports == [("loading weights", 1, 2)]
     assert service.names == ("google/tiny", "tiny:1b", "tea")
+
+
+def test_whoever_comes_while_it_loads_is_told_when_that_should_end():
+    goes_on, may_end = threading.Event(), threading.Event()
+
+    def load(progress: Progress) -> Loaded:
+        progress("compiling", 0, 41)
+        time.sleep(0.2)
+        progress("compiling", 1, 41)
+        goes_on.set()
+        assert may_end.wait(5)
+        return loaded_of(FakeEngine())
+
+    service = service_of(load)
+    service.begin()
+    assert goes_on.wait(5)
+    # A fifth of a second and more for each of those that are left.
+    assert int(refused(service).headers["Retry-After"]) >= 8
+    may_end.set()
+    service.wait_until_loaded(5.0)
+    assert (service.state, service.retry_after) == ("ready", 1)
+
+
+def test_a_stage_of_the_loading_ends_as_fast_as_it_went():
+    now = [100.0]
+    pace = Pace(clock=lambda: now[0])
+    seen = list[float]()
+    # Weights by their bytes, and then programs, of which the first two came from a cache.
+    for moment, done, total in (
+        (100, 0, 80), (102, 20, 80), (104, 40, 80), (105, 2, 12), (106, 2, 12), (108, 4, 12),
+    ):  # fmt: skip
+        now[0] = moment
+        pace.report(done, total)
+        seen.append(pace.seconds_left)
+    assert seen == [UNKNOWN_WAIT, 6, 4, UNKNOWN_WAIT, UNKNOWN_WAIT, 12]
+    now[0] = 109
+    assert pace.seconds_left == 16, "what takes longer than foreseen is foreseen to take longer"
 
 
 def test_what_keeps_it_from_loading_is_kept():
@@ -367,7 +405,7 @@ def logged_app(service: Service) -> Quart:
 
     app.asgi_app = AccessLog(  # pyright: ignore[reportAttributeAccessIssue]
         app.asgi_app,  # pyright: ignore[reportArgumentType]
-        ended=lambda trail: service.metrics.replied(trail.status),
+        ended=lambda trail: service.metrics.replied(trail.outcome),
     )
     return app
 
@@ -391,6 +429,21 @@ def test_a_line_says_what_a_request_came_to_and_no_secret(lines):
     }  # fmt: skip
     assert 0 < times["first_token_seconds"] <= times["total_seconds"] < 10
     assert "secret" not in json.dumps(lines())
+
+
+def test_an_error_that_ends_a_stream_is_logged_and_counted_for_what_it_is(lines):
+    service = begun()
+    app = logged_app(service)
+
+    @app.post("/broken")
+    async def broken() -> str:  # pyright: ignore[reportUnusedFunction]
+        with service.admit(None) as ticket:
+            ticket.broke_off(504)
+        return "data: an error"
+
+    assert post(app, "/broken") == 200
+    assert [(line["status"], line["stream_error"]) for line in lines()] == [(200, 504)]
+    assert service.metrics.value("refimpl:errors_total", status="504") == 1
 
 
 def test_an_error_is_counted_by_its_status(lines):

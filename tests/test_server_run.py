@@ -25,8 +25,10 @@ from quart import Quart, Response
 from refimpl.errors import InvalidRequestError
 from refimpl.server import errors
 from refimpl.server.keys import Keyring, read_keys
-from refimpl.server.lifecycle import Load, Loaded, Progress, Service
-from refimpl.server.run import Listener, Server
+from refimpl.server.lifecycle import Service
+from refimpl.server.listener import Listener
+from refimpl.server.loading import Load, Loaded, Progress
+from refimpl.server.run import Server
 from refimpl.server.settings import ServerSettings
 
 # Enough for a machine that has other things to do; nothing here waits for so long if all is well.
@@ -252,6 +254,31 @@ def test_a_connection_that_is_kept_alive_does_not_keep_the_server():
         connection.getresponse().read()
         server.server.stop()
         assert server.ended_within(10)
+
+
+def test_a_reply_that_ends_its_connection_is_not_taken_for_a_client_that_left():
+    with running() as server:
+        wait_ready(server)
+        statuses = list[int | None]()
+        server.service.metrics.replied = statuses.append
+        with closing(server.connect()) as connection:
+            connection.request("GET", "/ready", headers={"Connection": "close"})
+            assert connection.getresponse().read() == b"ready"
+        eventually(lambda: bool(statuses))
+        assert statuses == [200]
+
+
+def test_a_websocket_is_refused_with_an_error_object():
+    handshake = {
+        "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }  # fmt: skip
+    with running() as server, closing(server.connect()) as connection:
+        connection.request("GET", "/ready", headers=handshake)
+        response = connection.getresponse()
+        error = json.loads(response.read())["error"]
+        assert (response.status, error["type"]) == (400, "invalid_request_error")
+        assert error["message"].startswith("There are no WebSockets here")
 
 
 def test_a_connection_ends_with_its_client_and_not_when_it_would_have_been_idle_for_long():

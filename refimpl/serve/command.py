@@ -13,6 +13,7 @@ import typer
 
 from refimpl.errors import InvalidRequestError
 from refimpl.serve.options import with_a_flag_for_each_setting
+from refimpl.serve.signals import ending_at_signals
 from refimpl.server.settings import ServerSettings
 from refimpl.server.sources import KEYS_VARIABLE, PREFIX, Resolved, resolve
 
@@ -64,7 +65,8 @@ def serve(
     if show_config:
         print(_shown(resolved, plain_keys))
     else:
-        _serve(resolved.settings, plain_keys)
+        with ending_at_signals():
+            _serve(resolved.settings, plain_keys)
 
 
 def _serve(settings: ServerSettings, plain_keys: str) -> None:
@@ -74,9 +76,11 @@ def _serve(settings: ServerSettings, plain_keys: str) -> None:
     from refimpl.server import access_log
     from refimpl.server.app import create_app
     from refimpl.server.keys import read_keys
-    from refimpl.server.lifecycle import Loaded, Service
-    from refimpl.server.lifecycle import Progress as Report
-    from refimpl.server.run import Listener, run
+    from refimpl.server.lifecycle import Service
+    from refimpl.server.listener import Listener
+    from refimpl.server.loading import Loaded
+    from refimpl.server.loading import Progress as Report
+    from refimpl.server.run import run
 
     def load(report: Report) -> Loaded:
         # JAX, which takes seconds, while the server answers already.

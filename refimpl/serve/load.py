@@ -6,7 +6,7 @@ import refimpl
 from refimpl.engine.engine import Engine, EngineOptions
 from refimpl.model.cache import BLOCK
 from refimpl.serve.fingerprint import fingerprint
-from refimpl.server.lifecycle import Loaded, Progress
+from refimpl.server.loading import Loaded, Progress
 from refimpl.server.settings import ServerSettings
 
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from refimpl.server.trail import CLIENT_LEFT, Trail, begin_trail
+from refimpl.server.upgrades import refuse_websocket
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -44,20 +45,27 @@ class AccessLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or whatever else a server asks of an application."""
+        if scope["type"] == "websocket":
+            await refuse_websocket(receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         # Quart's request has the same object as its `scope`.
         trail = begin_trail(scope)  # pyright: ignore[reportArgumentType]
+        is_whole = False
 
         async def followed_receive() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect" and trail.ended is None:
+            # Where a connection serves one request, it is closed while the last bytes are sent.
+            if message["type"] == "http.disconnect" and trail.ended is None and not is_whole:
                 trail.status = CLIENT_LEFT
                 trail.ended = time.monotonic()
             return message
 
         async def followed_send(message: Message) -> None:
+            nonlocal is_whole
+            is_whole = _is_last(message)
             await send(message)
             if trail.ended is None:
                 _follow(trail, message)
@@ -80,6 +88,7 @@ def fields_of(trail: Trail) -> dict[str, object]:
 
     fields: dict[str, object] = {
         "status": trail.status,
+        "stream_error": trail.stream_error,
         "method": trail.method,
         "path": trail.path[:_LONGEST_PATH],
         "request_id": trail.request_id,
@@ -147,5 +156,9 @@ def _follow(trail: Trail, message: Message) -> None:
         trail.status = message["status"]
         ids = [value for name, value in message["headers"] if name.lower() == b"x-request-id"]
         trail.request_id = ids[0].decode("latin-1") if ids else None
-    elif message["type"] == "http.response.body" and not message.get("more_body", False):
+    elif _is_last(message):
         trail.ended = time.monotonic()
+
+
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body", False)

@@ -104,6 +104,10 @@ class Ticket:
         )
         self._is_finished = True
 
+    def broke_off(self, status: int) -> None:
+        """A stream under way ended with an error, of this status."""
+        self._trail.stream_error = status
+
     def left(self) -> None:
         """The client has gone, which matters only if there was more to come."""
         if self._is_started and not self._is_finished:

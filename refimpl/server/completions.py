@@ -13,7 +13,7 @@ from refimpl.server import stream
 from refimpl.server.body import read_json
 from refimpl.server.choices import Piece, joined
 from refimpl.server.contract import CompletionRequest, parse_request
-from refimpl.server.errors import SERVER, Problem, json_response, model_not_found, problem_of
+from refimpl.server.errors import Problem, json_response, model_not_found, problem_of
 from refimpl.server.jobs import Job
 from refimpl.server.lifecycle import Service
 from refimpl.server.prompts import Prompt, read_prompts
@@ -31,7 +31,7 @@ async def complete(service: Service) -> Response:
     """
     settings = service.settings
     body = await read_json(request, max_depth=settings.max_json_depth)
-    asked, ignored = parse_request(body, settings)
+    asked, ignored = parse_request(_with_model(body, service), settings)
     if asked.model not in service.names:
         raise model_not_found(asked.model)
     with contextlib.ExitStack() as held:
@@ -63,6 +63,17 @@ async def complete(service: Service) -> Response:
     raise AssertionError("a block that holds a ticket swallows nothing")
 
 
+def _with_model(body: object, service: Service) -> object:
+    """The body with the name of the only model, if it has none and need not."""
+    if (
+        service.settings.require_model
+        or not isinstance(body, dict)
+        or body.get("model") is not None
+    ):
+        return body
+    return {**body, "model": service.names[0]}
+
+
 async def _whole(job: Job) -> object:
     choices = dict[int, list[Piece]]()
     for piece in await job.whole():
@@ -87,13 +98,7 @@ async def _streamed(
 def _problem_of(service: Service, error: Exception) -> Problem:
     """What to tell of an error, which closing the engine is not."""
     if isinstance(error, EngineError) and service.state == "draining":
-        return Problem(
-            503,
-            "The server is shutting down, and the request had not ended.",
-            type=SERVER,
-            code="shutting_down",
-            headers={"Retry-After": "5"},
-        )
+        return service.unavailable("The server is shutting down, and the request had not ended.")
     return problem_of(error)
 
 

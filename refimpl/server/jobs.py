@@ -15,6 +15,7 @@ from refimpl.engine.request import Request, SamplingParams
 from refimpl.server.admission import Ticket
 from refimpl.server.choices import Piece, PromptWriter
 from refimpl.server.contract import CompletionRequest
+from refimpl.server.errors import Problem
 from refimpl.server.infill import Infilled, InfillLimits, fim_request, infill
 from refimpl.server.merging import merge
 from refimpl.server.prompts import Prompt
@@ -112,6 +113,10 @@ class Job:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=sum(writer.completion_tokens for writer in self._writers),
         )
+
+    def broke_off(self, problem: Problem) -> None:
+        """A stream of its pieces ends with this error."""
+        self._ticket.broke_off(problem.status)
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """More of any choices, as soon as it is known.

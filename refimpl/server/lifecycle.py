@@ -18,19 +18,17 @@ loaded and its programs are compiled on a thread of their own meanwhile.
 """
 
 import asyncio
-import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from refimpl.server.admission import Ticket
 from refimpl.server.errors import SERVER, Problem
 from refimpl.server.keys import Key, Keyring
-from refimpl.server.limits import Queue
+from refimpl.server.limits import LONGEST_WAIT, Queue
+from refimpl.server.loading import Load, Loaded, Loading, Progress
 from refimpl.server.metrics import EngineStatistics, Metrics
 from refimpl.server.settings import ServerSettings
 from refimpl.server.trail import current_trail
@@ -39,32 +37,10 @@ if TYPE_CHECKING:
     from refimpl.engine.engine import Engine
 
 State = Literal["loading", "ready", "draining", "failed"]
-Progress = Callable[[str, int, int], None]
 
-# Nobody can tell how long loading takes; a client that asks as often does no harm.
-_LOADING_WAIT = 5.0
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What loading gives.
-
-    Attributes:
-        engine: started.
-        fingerprint: of weights, numerics, sampler, JAX and device.
-        block: tokens in a block of the prefix cache.
-        num_compilations: how many programs have been compiled in this process.
-    """
-
-    engine: "Engine"
-    fingerprint: str
-    block: int
-    num_compilations: Callable[[], int]
-
-
-Load = Callable[[Progress], Loaded]
+# What clients are told of a server that is not ready.
+CODES = {"loading": "model_loading", "draining": "shutting_down", "failed": "failed"}
+_ENDING = "The server is shutting down."
 
 
 class Service:
@@ -77,7 +53,6 @@ class Service:
         keyring: who may use it.
         queue: places of requests.
         metrics: what is counted.
-        error: why it failed; None if it has not.
     """
 
     def __init__(
@@ -104,17 +79,19 @@ class Service:
         self.created = int(time.time())
         self.queue = Queue(settings.max_queue, check=self._check_open)
         self.metrics = Metrics(self.names[0], read=self.statistics)
-        self.error: BaseException | None = None
-        self._load, self._progress = load, progress
-        self._loaded: Loaded | None = None
+        self._loading = Loading(load, progress=progress)
         self._is_closing = False
         self._drain_until: float | None = None
-        self._thread = threading.Thread(target=self._run, name="refimpl-load", daemon=True)
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it could not load; None if it could, or may yet."""
+        return self._loading.error
 
     @property
     def state(self) -> State:
         """Where in its life it is."""
-        loaded = self._loaded
+        loaded = self._loading.loaded
         if self.error is not None or (
             loaded is not None and not loaded.engine.is_healthy and not self._is_closing
         ):
@@ -144,12 +121,33 @@ class Service:
     @property
     def is_loading(self) -> bool:
         """Whether the thread that loads is still at it."""
-        return self._thread.is_alive()
+        return self._loading.is_running
+
+    @property
+    def retry_after(self) -> int | None:
+        """In how many seconds somebody who finds it not ready may come again; None for never.
+
+        While it loads: when what is under way should end, at the speed measured. While it drains:
+        when another one may stand in its place.
+        """
+        match self.state:
+            case "loading":
+                wait = self._loading.pace.seconds_left
+            case "draining":
+                wait = self.drain_seconds_left
+            case "ready":
+                wait = 0.0
+            case "failed":
+                return None
+        return min(LONGEST_WAIT, max(1, math.ceil(wait)))
 
     def begin(self, *, ended: Callable[[], None] = lambda: None) -> None:
         """Start to load; `ended` is called on that thread when it is ready or has failed."""
-        self._ended = ended
-        self._thread.start()
+        self._loading.begin(ended=ended)
+
+    def wait_until_loaded(self, timeout: float) -> None:
+        """Until it is ready or has failed, but no longer than so many seconds. Blocks."""
+        self._loading.wait(timeout)
 
     @contextmanager
     def admit(self, key: Key | None) -> Iterator[Ticket]:
@@ -187,7 +185,7 @@ class Service:
 
     def statistics(self) -> EngineStatistics | None:
         """How the engine stands; None without one."""
-        loaded = self._loaded
+        loaded = self._loading.loaded
         worker = None if loaded is None else loaded.engine.worker
         if loaded is None or worker is None:
             return None
@@ -224,56 +222,27 @@ class Service:
             timeout: seconds to wait for that.
         """
         self._is_closing = True
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-        loaded = self._loaded
-        if loaded is not None:
-            loaded.engine.close()
+        self._loading.close(timeout=timeout)
 
-    def _run(self) -> None:
-        try:
-            loaded = self._load(self._report)
-            if self._is_closing:
-                loaded.engine.close()
-            self._loaded = loaded
-        except _ClosedError:
-            _log.debug("loading was broken off")
-        except BaseException as error:
-            # Of any kind: without a model there is no server, and whoever waits must learn of it.
-            self.error = error
-        finally:
-            self._ended()
-
-    def _report(self, label: str, done: int, total: int) -> None:
-        if self._is_closing:
-            raise _ClosedError
-        if self._progress is not None:
-            self._progress(label, done, total)
+    def unavailable(self, message: str) -> Problem:
+        """The error reply of a server that is not ready: why, and when to come again."""
+        wait, headers = self.retry_after, dict[str, str]()
+        if wait is not None:
+            message += f" Try again in {wait} s."
+            headers["Retry-After"] = str(wait)
+        return Problem(503, message, type=SERVER, code=CODES.get(self.state), headers=headers)
 
     def _require(self) -> Loaded:
-        state, loaded = self.state, self._loaded
+        state, loaded = self.state, self._loading.loaded
         if state == "failed":
-            raise _unavailable("The model is not there any more: the server failed.", "failed")
+            raise self.unavailable("The model is not there any more: the server failed.")
         if loaded is None:
-            raise _unavailable("The model is loading.", "model_loading", wait=_LOADING_WAIT)
+            is_loading = state == "loading"
+            raise self.unavailable("The model is loading." if is_loading else _ENDING)
         return loaded
 
     def _check_open(self) -> None:
         """Raise what keeps a completion out."""
         self._require()
         if self._drain_until is not None:
-            raise _unavailable(
-                "The server is shutting down.", "shutting_down", wait=self.drain_seconds_left
-            )
-
-
-class _ClosedError(Exception):
-    """Loading is not wanted any more."""
-
-
-def _unavailable(message: str, code: str, *, wait: float | None = None) -> Problem:
-    advice, headers = "", dict[str, str]()
-    if wait is not None:
-        seconds = max(1, math.ceil(wait))
-        advice, headers = f" Try again in {seconds} s.", {"Retry-After": str(seconds)}
-    return Problem(503, message + advice, type=SERVER, code=code, headers=headers)
+            raise self.unavailable(_ENDING)

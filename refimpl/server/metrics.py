@@ -81,7 +81,9 @@ class Metrics:
             "reason",
         )
         self._errors = self._counter(
-            "refimpl:errors", "Replies with a status of 400 or above, 499 included.", "status"
+            "refimpl:errors",
+            "Requests that ended with a status of 400 or above; 499, and errors of streams, too.",
+            "status",
         )
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From coming to the first token.", _FIRST_TOKEN

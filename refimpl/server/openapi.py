@@ -63,7 +63,10 @@ def document(settings: ServerSettings) -> dict[str, Any]:
     for operation in OPERATIONS:
         described = _operation(operation, schemas)
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
-    _cap(schemas[CompletionRequest.__name__]["properties"], settings)
+    completion = schemas[CompletionRequest.__name__]
+    _cap(completion["properties"], settings)
+    if not settings.require_model:
+        completion["required"].remove("model")
     return {
         "openapi": "3.1.0",
         "info": {

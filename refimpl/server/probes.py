@@ -3,11 +3,7 @@
 from importlib.metadata import version
 from typing import Literal, TypedDict
 
-from refimpl.server.errors import SERVER, Problem
 from refimpl.server.lifecycle import Service
-
-# Where the server goes from, by its state: to ready, or to its end.
-_CODES = {"loading": "model_loading", "draining": "shutting_down", "failed": "failed"}
 
 
 class Status(TypedDict):
@@ -29,7 +25,7 @@ def health(service: Service) -> Status:
         Problem: 503, the model could not be loaded or the engine failed.
     """
     if service.state == "failed":
-        raise _not(service, "The server has failed and must be started anew.")
+        raise service.unavailable("The server has failed and must be started anew.")
     return Status(status="ok")
 
 
@@ -40,16 +36,10 @@ def ready(service: Service) -> Status:
         Problem: 503, not yet or not any more.
     """
     if service.state != "ready":
-        raise _not(service, f"The server is not ready: it is {service.state}.")
+        raise service.unavailable(f"The server is not ready: it is {service.state}.")
     return Status(status="ok")
 
 
 def program_version() -> Version:
     """The version of the package."""
     return Version(version=version("refimpl"))
-
-
-def _not(service: Service, message: str) -> Problem:
-    headers = {} if service.state == "failed" else {"Retry-After": "5"}
-    code = _CODES.get(service.state)
-    return Problem(503, message, type=SERVER, code=code, headers=headers)

@@ -111,6 +111,10 @@ class ServerSettings(BaseModel):
         description="Most likeliest tokens that a request may ask for at each place.",
     )
     max_user_length: Count = Field(default=256, description="Longest `user`, in characters.")
+    require_model: bool = Field(
+        default=True,
+        description="Refuse a completion that names no model; if not, it is for the one served.",
+    )
     unknown_fields: Literal["reject", "ignore"] = Field(
         default="reject", description="What becomes of a request with fields that nobody knows."
     )

@@ -77,7 +77,9 @@ async def _frames(
         except Exception as error:
             if not is_begun:
                 raise
-            yield frame(dumps(problem_of(error).to_json())) + DONE
+            problem = problem_of(error)
+            job.broke_off(problem)
+            yield frame(dumps(problem.to_json())) + DONE
             return
         yield _ending(job, options) + DONE
 

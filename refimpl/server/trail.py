@@ -20,6 +20,7 @@ class Trail:
         path: of the URL, without the query.
         began: when it came.
         status: of the reply; None if there was none.
+        stream_error: status that the reply would have had, of an error that ended a stream instead.
         request_id: as the reply has it.
         key: name of the API key.
         user: as the client says.
@@ -33,6 +34,7 @@ class Trail:
     path: str
     began: float = field(default_factory=time.monotonic)
     status: int | None = None
+    stream_error: int | None = None
     request_id: str | None = None
     key: str | None = None
     user: str | None = None
@@ -40,6 +42,11 @@ class Trail:
     completion_tokens: int = 0
     first_token: float | None = None
     ended: float | None = None
+
+    @property
+    def outcome(self) -> int | None:
+        """The status that says how it ended, be it that of the reply or of what broke it off."""
+        return self.status if self.stream_error is None else self.stream_error
 
 
 def begin_trail(scope: dict[str, object]) -> Trail:
