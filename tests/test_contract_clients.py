@@ -195,6 +195,17 @@ def test_lm_evals_gguf_client_is_told_that_the_model_and_the_number_are_not_righ
     assert "5" in error["message"]
 
 
+def test_lm_evals_gguf_client_need_not_name_the_model_where_the_server_lets_it(client):
+    lenient = client_of(client.service.engine, require_model=False, max_logprobs=10)
+    for body in ({"prompt": TEXT, **GGUF}, {"model": None, "prompt": TEXT, **GGUF}):
+        got = send(lenient, body)
+        assert got.json["model"] == MODEL
+        assert got.choices == send(lenient, {"model": MODEL, "prompt": TEXT, **GGUF}).choices
+    assert send(lenient, {"model": "", "prompt": TEXT, **GGUF}).status == 404
+    schemas = lenient.get("/openapi.json").json["components"]["schemas"]
+    assert schemas["CompletionRequest"]["required"] == []
+
+
 @pytest.mark.parametrize("is_likeliest", [False, True])
 def test_lm_evals_gguf_client_can_find_its_continuation_by_characters(client, is_likeliest):
     generous = client_of(client.service.engine, max_logprobs=10)

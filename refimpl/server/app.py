@@ -28,7 +28,8 @@ def create_app(service: Service) -> Quart:
     app = Quart("refimpl", static_folder=None, template_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = service.settings.max_body_bytes
     app.config["BODY_TIMEOUT"] = service.settings.body_timeout
-    # A slash more at the end or in the middle is no other path, and no redirection either.
+    # A slash more at the end is no other path, and none anywhere is redirected: clients would send
+    # what they post no second time.
     app.url_map.strict_slashes = app.url_map.merge_slashes = False
     errors.register(app)
     # What is said of replies is said in the opposite order; ids come first and last.

@@ -160,15 +160,15 @@ def _problem_of_http(error: HTTPException) -> Problem:
 
 
 def _wrong_method(error: HTTPException) -> Problem:
-    allowed = sorted({*(getattr(error, "valid_methods", None) or ())} - {"HEAD", "OPTIONS"})
-    if allowed == ["POST"]:
+    allowed = sorted(getattr(error, "valid_methods", None) or ())
+    if set(allowed) <= {"OPTIONS", "POST"}:
         message = "Only POST requests are accepted."
     else:
         message = (
             f"Not allowed to {request.method} on {request.path:.200} "
             "(HINT: Perhaps you meant to use a different HTTP method?)"
         )
-    headers = {"Allow": ", ".join([*allowed, "OPTIONS"])}
+    headers = {"Allow": ", ".join(allowed)}
     return Problem(405, message, code="method_not_supported", headers=headers)
 
 

@@ -91,6 +91,8 @@ def describe(service: Service, name: str) -> Model:
     Raises:
         Problem: 404, nothing is called so; 503, it is not loaded.
     """
+    # The rest of the path is the name, with the slash that may end any path.
+    name = name.rstrip("/")
     if name not in service.names:
         raise model_not_found(name)
     return Model(**_named(service, name), capabilities=_capabilities(service))

@@ -135,8 +135,8 @@ class _Reader:
 def _too_long(context: int, num_prompt: int, max_tokens: int) -> Problem:
     return refusal(
         f"This model's maximum context length is {context} tokens, and you asked for "
-        f"{num_prompt + max_tokens}: {num_prompt} in the prompt and {max_tokens} for the "
-        "completion. Shorten the prompt or lower max_tokens.",
+        f"{brief(num_prompt + max_tokens)}: {num_prompt} in the prompt and {brief(max_tokens)} for "
+        "the completion. Shorten the prompt or lower max_tokens.",
         "prompt" if num_prompt > context else "max_tokens",
         code="context_length_exceeded",
     )

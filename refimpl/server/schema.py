@@ -107,7 +107,7 @@ def _problem(error: ValidationError, data: Mapping[str, Any]) -> Problem:
         case "less_than_equal":
             message = f"{value} is greater than the maximum of {_plain(limits['le'])} - '{field}'"
         case "value_error":
-            message = f"{limits['error']} - '{field}'"
+            message = str(limits["error"])
         case "too_short" | "string_too_short":
             message = f"{value} is too short - '{field}'"
         case _ if _is_union(faults, field):
