@@ -36,6 +36,8 @@ Progress = Callable[[int, int], None]
 _WHAT_A_CHECKPOINT_IS = (
     "a checkpoint is a .gguf file, or a folder with config.json and safetensors files"
 )
+# What a GGUF file of Gemma 4 says about the rotary embedding of its global layers.
+_ROPE_DIVISORS = "rope_freqs.weight"
 # What the kernels widen without loss. A tensor of integers belongs to a quantization that we do not
 # know, and a float64 would lose bits.
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
@@ -120,8 +122,16 @@ def _open_gguf(path: Path) -> Checkpoint:
     if len(shape) != 2:
         raise CheckpointError(f"{path}: token_embd.weight must be a matrix, got shape {shape}")
     tied = "output.weight" not in stored or _is_alias(file, "output.weight", "token_embd.weight")
-    config = from_gguf(file.metadata, vocab_size=shape[0], has_tied_head=tied)
     available = {name: name for name in file.names()}
+    # Part of the architecture, and no parameter.
+    divisors = file.read(available.pop(_ROPE_DIVISORS)) if _ROPE_DIVISORS in available else None
+    config = from_gguf(
+        file.metadata,
+        vocab_size=shape[0],
+        has_tied_head=tied,
+        shapes={name: file.shape(name) for name in stored},
+        rope_divisors=None if divisors is None else np.asarray(divisors).reshape(-1).tolist(),
+    )
     return _checkpoint(path, config, file, available, (), names.gguf_sources(config))
 
 

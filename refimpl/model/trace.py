@@ -3,6 +3,7 @@
 The names are a stable interface, the same in notebooks, files and reports:
 
     embed                          scaled embedding
+    streams                        what the first layer sees: the same, or all streams "u b t d"
     layers.3.attention.input       after the norm before attention
     layers.3.attention.query       after norm and rotary embedding; likewise key, value
     layers.3.attention.scores      scaled and capped, before the mask, "b k g t s"
@@ -10,8 +11,10 @@ The names are a stable interface, the same in notebooks, files and reports:
     layers.3.attention.output      what attention adds to the stream
     layers.3.middle                the stream after attention
     layers.3.feed_forward.input    after the norm before the feed-forward; likewise gate, up
+    layers.3.experts.router        scores of the experts, where there are any, "b t e"
     layers.3.feed_forward.output   what the feed-forward adds to the stream
-    layers.3.residual              the stream after the layer
+    layers.3.per_layer_input       what the per-layer input adds, where there is one
+    layers.3.residual              the stream after the layer, or all streams "u b t d"
     final_norm                     the stream after the last norm
     logits
 
@@ -46,7 +49,9 @@ LAYER_STEPS = (
     "feed_forward.input",
     "feed_forward.gate",
     "feed_forward.up",
+    "experts.router",
     "feed_forward.output",
+    "per_layer_input",
     "residual",
 )
 
@@ -189,6 +194,8 @@ def _place(name: str) -> tuple[int, int, int]:
     match name.split(".", 2):
         case ["embed"]:
             return (0, 0, 0)
+        case ["streams"]:
+            return (0, 1, 0)
         case ["layers", index, step] if index.isdecimal() and step in LAYER_STEPS:
             return (1, int(index), LAYER_STEPS.index(step))
         case ["final_norm"]:

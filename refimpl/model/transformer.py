@@ -87,7 +87,7 @@ class Block(nnx.Module):
         if self.per_layer_input is not None and inputs is not None:
             given = inputs[:, :, self.index]
             y = self.per_layer_input(self.streams.shown(x), given, implementation=linear)
-            taps("per_layer_input.output", y)
+            taps("per_layer_input", y)
             x = self.streams.with_input(x, y)
         if self.scalar is not None:
             x = self.scalar(x)
