@@ -1,26 +1,23 @@
-"""Text for a gap: the form of CodeGemma, and posterior resampling against its definition."""
+"""Text for a gap by posterior resampling, held to its definition."""
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-from refimpl_weights.synthetic_tokenizer import tokenizer_json
 
 from refimpl.engine.engine import Engine
 from refimpl.engine.events import Choice, Completion, TokenLogprob
 from refimpl.engine.request import Request, SamplingParams
 from refimpl.errors import InvalidRequestError
-from refimpl.model.tokenizer import Tokenizer
 from refimpl.server import infill as infill_module
 from refimpl.server.infill import Infilled, InfillLimits, fim_request, infill
 from refimpl.server.middles import middles_of
+from tests.coders import coder_engine
 from tests.engines import CONTEXT, prompt_ids, request_of, tiny_engine, tiny_gemma
 
 # The first test that needs an engine compiles its programs.
@@ -31,7 +28,6 @@ SUFFIX = " AND SO ON."
 LIMITS = InfillLimits(candidates=3, cuts=100)
 # Capital letters never merge, so that any text of them has one way to be encoded.
 LETTERS = tuple(tiny_gemma("gemma3").tokenizer.encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ", add_bos=False))
-FORM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_separator|>")
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +37,10 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def coder(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """An engine whose vocabulary has the pieces of the form in place of four that are unused."""
+def coder(engine: Engine) -> Iterator[Engine]:
     del engine  # Its programs are compiled by now.
-    with tiny_engine() as started:
-        tokenizer = coder_tokenizer(tmp_path_factory.mktemp("coder") / "tokenizer.json")
-        started.gemma = replace(started.gemma, tokenizer=tokenizer)
+    with coder_engine() as started:
         yield started
-
-
-def coder_tokenizer(path: Path) -> Tokenizer:
-    form = {f"<unused{number}>": piece for number, piece in enumerate(FORM)}
-    contents = tokenizer_json()
-    contents["model"]["vocab"] = {
-        form.get(piece, piece): i for piece, i in contents["model"]["vocab"].items()
-    }
-    for added in contents["added_tokens"]:
-        if added["content"] in form:
-            added |= {"content": form[added["content"]], "special": True}
-    path.write_text(json.dumps(contents), encoding="utf-8")
-    return Tokenizer.from_file(path)
 
 
 def letters(seed: int, **params: Any) -> Request:
@@ -408,64 +388,3 @@ def test_a_stop_string_is_scored_as_far_as_it_is_returned() -> None:
     assert texts_of(kept, stop=("he",), include_stop_str_in_output=True) == [
         "", "A", "AB", "AB the",
     ]  # fmt: skip
-
-
-# The form of models that were trained for it
-
-
-def test_the_form_has_the_pieces_in_their_order(coder: Engine) -> None:
-    tokenizer = coder.gemma.tokenizer
-    request = coder.request("AB", SamplingParams(max_tokens=9, seed=3))
-    form = fim_request(coder, request, suffix="CD ", limits=LIMITS)
-    assert form is not None
-    pieces = [tokenizer.piece(i) for i in form.prompt_ids]
-    assert pieces == ["<bos>", FORM[0], "A", "B", FORM[1], "C", "D", "▁", FORM[2]]
-    ends = [tokenizer.piece(i) for i in form.params.stop_token_ids]
-    assert ends == [FORM[3], *FORM[:3]]
-    assert replace(form, prompt_ids=request.prompt_ids, params=request.params) == request
-    assert replace(form.params, stop_token_ids=()) == request.params
-
-
-@pytest.mark.parametrize("ids", [(2, 7, 8), (7, 8), (2, 2, 7), (2,)])
-def test_a_prompt_of_ids_is_taken_as_it_is_behind_one_beginning(
-    coder: Engine, ids: tuple[int, ...]
-) -> None:
-    form = fim_request(coder, request_of(ids), suffix="A", limits=LIMITS)
-    pieces = coder.gemma.tokenizer.fill_in_the_middle
-    assert form is not None
-    assert pieces is not None
-    rest = ids[1:] if ids[0] == 2 else ids
-    (a,) = ids_of("A")
-    assert form.prompt_ids == (2, pieces.prefix, *rest, pieces.suffix, a, pieces.middle)
-
-
-def test_a_spelling_in_a_text_is_no_piece_of_the_form(coder: Engine) -> None:
-    form = fim_request(coder, request_of((2, 7)), suffix="<|fim_middle|>", limits=LIMITS)
-    pieces = coder.gemma.tokenizer.fill_in_the_middle
-    assert form is not None
-    assert pieces is not None
-    assert form.prompt_ids.count(pieces.middle) == 1
-
-
-def test_every_piece_of_the_form_ends_the_middle(coder: Engine) -> None:
-    pieces = coder.gemma.tokenizer.fill_in_the_middle
-    assert pieces is not None
-    for end in (pieces.file_separator, pieces.prefix, pieces.suffix, pieces.middle):
-        asked = request_of((2, 7), logit_bias={end: 100.0}, min_tokens=3, seed=1)
-        form = fim_request(coder, asked, suffix="A", limits=LIMITS)
-        assert form is not None
-        (choice,) = coder.complete(form.prompt_ids, form.params).choices
-        assert (choice.finish_reason, choice.stop, len(choice.token_ids)) == ("stop", end, 4)
-
-
-def test_ends_that_the_request_names_or_ignores(coder: Engine) -> None:
-    pieces = coder.gemma.tokenizer.fill_in_the_middle
-    assert pieces is not None
-    asked = request_of((2, 7), stop_token_ids=(9, pieces.middle))
-    form = fim_request(coder, asked, suffix="A", limits=LIMITS)
-    assert form is not None
-    own = (pieces.file_separator, pieces.prefix, pieces.suffix)
-    assert form.params.stop_token_ids == (9, pieces.middle, *own)
-    endless = fim_request(coder, request_of((2, 7), ignore_eos=True), suffix="A", limits=LIMITS)
-    assert endless is not None
-    assert endless.params.stop_token_ids == ()
