@@ -172,7 +172,10 @@ def test_stops_that_are_none(stop):
 def test_a_key_of_logit_bias_is_a_decimal_id(key):
     problem = refused({"model": "m", "logit_bias": {key: 1}})
     assert problem.param == "logit_bias"
-    assert problem.message.startswith(f"Invalid key in 'logit_bias': {key!r}. You should only be ")
+    assert problem.message == (
+        f"Invalid key in 'logit_bias': {key!r}. You should only be submitting non-negative "
+        "integers."
+    )
 
 
 @pytest.mark.parametrize("value", [100.5, -101, "1", True, None])

@@ -256,11 +256,11 @@ def test_a_connection_that_is_kept_alive_does_not_keep_the_server():
         assert server.ended_within(10)
 
 
-def test_a_reply_that_ends_its_connection_is_not_taken_for_a_client_that_left():
+def test_a_reply_that_ends_its_connection_is_not_taken_for_a_client_that_left(monkeypatch):
     with running() as server:
         wait_ready(server)
         statuses = list[int | None]()
-        server.service.metrics.replied = statuses.append
+        monkeypatch.setattr(server.service.metrics, "replied", statuses.append)
         with closing(server.connect()) as connection:
             connection.request("GET", "/ready", headers={"Connection": "close"})
             assert connection.getresponse().read() == b"ready"
