@@ -23,16 +23,17 @@ from safetensors.numpy import save_file
 
 from refimpl_weights import synthetic_decoders as decoders
 from refimpl_weights import synthetic_tokenizer as tokenizer
-from refimpl_weights.synthetic_configs import GEMMA4_UNIFIED, TINY, TINY_NEWER
+from refimpl_weights.synthetic_configs import TINY
+from refimpl_weights.synthetic_configs_newer import GEMMA4_UNIFIED
 from refimpl_weights.synthetic_drawing import Drawn, draw, matrix, norm
 
-__all__ = ["TINY", "TINY_NEWER", "fingerprint", "tensors", "write_checkpoint"]
+__all__ = ["TINY", "fingerprint", "tensors", "write_checkpoint"]
 
 DataType = Literal["float32", "bfloat16"]
 Prefix = Literal["model.", "language_model.model.", "model.language_model."]
 
 _OLDER = ("gemma", "gemma2", "vaultgemma", "gemma3_text")
-_CONFIGS = MappingProxyType({**TINY, **TINY_NEWER, "gemma4_unified": GEMMA4_UNIFIED})
+_CONFIGS = MappingProxyType({**TINY, "gemma4_unified": GEMMA4_UNIFIED})
 
 
 def write_checkpoint(
@@ -49,7 +50,7 @@ def write_checkpoint(
 
     Args:
         folder: made if it is not there.
-        name: a key of `TINY` or `TINY_NEWER`, or "gemma4_unified": "gemma4" as the 12B spells it.
+        name: a key of `TINY`, or "gemma4_unified": "gemma4" as the 12B spells it.
         seed: of the random weights; the same seed gives the same numbers everywhere.
         dtype: of every tensor in the file; bfloat16 is the float32 number rounded to nearest even.
         prefix: of the decoder's tensors. None is the released spelling: "language_model.model."
