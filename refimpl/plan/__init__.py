@@ -1,0 +1,1 @@
+"""Whether a model fits into some memory, known without loading it: `refimpl models --plan`."""

@@ -1,0 +1,180 @@
+"""What every device would hold of a model and an engine's state, and how much of both fits.
+
+All bytes come from the shapes and shardings of the real tree and the real state, which are built
+without being allocated. The engine's numbers (chunk, block, rows of its state) are its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+import jax
+from jax.sharding import AbstractMesh
+
+from refimpl.engine.programs import CHUNKS
+from refimpl.engine.state import DecodeState
+from refimpl.model.cache import KVCache
+from refimpl.model.config import GemmaConfig
+from refimpl.model.layer_spec import AttentionKind
+from refimpl.model.numerics import Numerics
+from refimpl.model.sharding import (
+    Divided,
+    bytes_of_a_device,
+    divide,
+    divide_cache,
+    divide_parameters,
+    mesh_of,
+)
+from refimpl.model.storage import Storage
+from refimpl.plan.working import Working, working_memory
+
+# Where a search for slots ends: more than any device has served.
+MOST_SLOTS = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that each device holds. Every device holds as much as the others.
+
+    Attributes:
+        weights: parameters.
+        caches: keys, values and their positions, by kind of layer.
+        rows: what else the engine keeps of each slot, most of it over the vocabulary.
+        prefix: blocks of prompts that are kept.
+        working: what the programs need while they run.
+        margin: left free.
+    """
+
+    weights: int
+    caches: dict[AttentionKind, int]
+    rows: int
+    prefix: int
+    working: Working
+    margin: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights
+            + sum(self.caches.values())
+            + self.rows
+            + self.prefix
+            + self.working.total
+            + self.margin
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A model on some devices.
+
+    Attributes:
+        config: the architecture.
+        devices: how many, all alike.
+        memory: bytes of each.
+        storage: the precision of the weights.
+        numerics: where the forward pass rounds; its activation type is that of the caches.
+        margin: bytes of each device to leave free.
+        prefix_bytes: for blocks of prompts, in all. Taken as if every device held them whole, which
+            is so where key/value heads are not divided.
+    """
+
+    config: GemmaConfig
+    devices: int
+    memory: int
+    storage: Storage
+    numerics: Numerics
+    margin: int
+    prefix_bytes: int
+
+    @cached_property
+    def mesh(self) -> AbstractMesh:
+        return mesh_of(self.devices)
+
+    @cached_property
+    def parameters(self) -> tuple[Divided, ...]:
+        """Every parameter, divided."""
+        return divide_parameters(self.config, self.mesh, self.storage)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of each device."""
+        return bytes_of_a_device([parameter.arrays for parameter in self.parameters])
+
+    def state(self, *, slots: int, context: int) -> DecodeState:
+        """The engine's state between two programs, divided: abstract arrays with shardings."""
+        abstract = abstract_state(self.config, self.numerics, slots=slots, context=context)
+        whole = jax.tree.map(lambda array: divide(array, self.mesh, axis=None), abstract)
+        return replace(
+            whole,
+            cache=divide_cache(abstract.cache, self.mesh),
+            counts=divide(abstract.counts, self.mesh, axis=1),
+            in_prompt=divide(abstract.in_prompt, self.mesh, axis=1),
+            bias=divide(abstract.bias, self.mesh, axis=1),
+        )
+
+    def need(self, *, slots: int, context: int) -> Need:
+        """What each device would hold."""
+        state = self.state(slots=slots, context=context)
+        held, layers = state.cache, self.config.layers
+        caches = {kind: bytes_of_a_device(held.positions[kind]) for kind in held.positions}
+        for owner, *arrays in zip(held.owners, held.keys, held.values, strict=True):
+            caches[layers[owner].kind] += bytes_of_a_device(arrays)
+        return Need(
+            weights=self.weight_bytes,
+            caches=caches,
+            rows=bytes_of_a_device(state) - sum(caches.values()),
+            prefix=self.prefix_bytes,
+            working=working_memory(
+                self.config,
+                devices=self.devices,
+                is_wide=self.storage.name == "float32",
+                numerics=self.numerics,
+                slots=slots,
+                context=context,
+            ),
+            margin=self.margin,
+        )
+
+    def fits(self, *, slots: int, context: int) -> bool:
+        """Whether that is no more than a device has."""
+        return self.need(slots=slots, context=context).total <= self.memory
+
+    def largest_context(self, *, slots: int) -> int:
+        """Positions that so many slots can have each, at most the model's own context; 0: none."""
+        return _largest(
+            self.config.context_length, lambda context: self.fits(slots=slots, context=context)
+        )
+
+    def most_slots(self, *, context: int) -> int:
+        """Slots that can have so many positions each; 0: none."""
+        return _largest(MOST_SLOTS, lambda slots: self.fits(slots=slots, context=context))
+
+
+@cache
+def abstract_state(
+    config: GemmaConfig, numerics: Numerics, *, slots: int, context: int
+) -> DecodeState:
+    """The shapes and types of the state that `Programs.new_state` allocates."""
+
+    def create() -> DecodeState:
+        held = KVCache.create(
+            config, batch=slots, length=context, chunk=CHUNKS[-1], dtype=numerics.dtype
+        )
+        return DecodeState.create(held, slots=slots, num_logits=config.vocab_size)
+
+    return jax.eval_shape(create)
+
+
+def _largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest number of 1..most of which it holds, given that it holds of all below; else 0."""
+    # From small numbers up, because the first that is too large is often far below `most`.
+    low, high = 0, 1
+    while high < most and holds(high):
+        low, high = high, min(2 * high, most)
+    if high == most and holds(most):
+        return most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
