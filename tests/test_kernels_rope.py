@@ -1,7 +1,7 @@
 """Rotary embedding against the spec, and angles and spec against float64."""
 
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,12 @@ class Case(NamedTuple):
     shape: tuple[int, int, int, int]
     theta: float
     factor: float
+    proportion: float
     dtype: str
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        return {"theta": self.theta, "factor": self.factor, "proportion": self.proportion}
 
     def arrays(self) -> tuple[Array, Array]:
         b, t, _, _ = self.shape
@@ -43,12 +48,13 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(shape, theta, factor, dtype)
-    for shape, theta, factor in [
-        ((1, 1, 1, 16), 1e4, 1.0),
-        ((2, 5, 4, 64), 1e6, 8.0),
-        ((1, 3, 2, 256), 1e6, 1.0),
-        ((3, 1, 8, 256), 1e4, 1.0),
+    Case(shape, theta, factor, proportion, dtype)
+    for shape, theta, factor, proportion in [
+        ((1, 1, 1, 16), 1e4, 1.0, 1.0),
+        ((2, 5, 4, 64), 1e6, 8.0, 1.0),
+        ((1, 3, 2, 256), 1e6, 1.0, 1.0),
+        ((3, 1, 8, 256), 1e4, 1.0, 1.0),
+        ((2, 3, 2, 512), 1e6, 1.0, 0.25),
     ]
     for dtype in ("float32", "bfloat16")
 ]
@@ -73,16 +79,13 @@ def results() -> dict[Case, Results]:
 
     def run_spec(inputs: Inputs) -> dict[Case, Array]:
         return {
-            case: spec.rope(x, positions, theta=case.theta, factor=case.factor)
-            for case, (x, positions) in inputs.items()
+            case: spec.rope(x, positions, **case.rope) for case, (x, positions) in inputs.items()
         }
 
     def run_fast(inputs: Inputs) -> dict[Case, list[Array]]:
         found = {}
         for case, (x, positions) in inputs.items():
-            angles = rope_angles(
-                positions, head_width=case.shape[-1], theta=case.theta, factor=case.factor
-            )
+            angles = rope_angles(positions, head_width=case.shape[-1], **case.rope)
             found[case] = [apply_rope(x, angles, rounding=rounding) for rounding in ROUNDINGS]
         return found
 
@@ -92,18 +95,21 @@ def results() -> dict[Case, Results]:
 
 
 def exact_angles(
-    positions: np.ndarray, *, head_width: int, theta: float, factor: float = 1.0
+    positions: np.ndarray,
+    *,
+    head_width: int,
+    theta: float,
+    factor: float = 1.0,
+    proportion: float = 1.0,
 ) -> np.ndarray:
-    exponent = np.arange(0, head_width, 2) / head_width
-    return positions[..., None] * theta**-exponent / factor
+    share = np.arange(0, head_width, 2) / head_width
+    return positions[..., None] * np.where(share < proportion, theta**-share, 0) / factor
 
 
 def exact(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rotation in float64, |a| + |b| of each pair, and each angle."""
     x, positions = (np.asarray(array) for array in case.arrays())
-    angles = exact_angles(
-        positions, head_width=case.shape[-1], theta=case.theta, factor=case.factor
-    )[:, :, None]
+    angles = exact_angles(positions, head_width=case.shape[-1], **case.rope)[:, :, None]
     first, second = np.split(float64(x), 2, axis=-1)
     turned = (first + 1j * second) * np.exp(1j * angles)
     magnitude = np.abs(first) + np.abs(second)
@@ -231,6 +237,24 @@ def test_position_zero_changes_no_bit() -> None:
     angles = rope_angles(jnp.zeros((1, 1), jnp.int32), head_width=64, theta=1e4)
     for rounding in ROUNDINGS:
         assert_same_bits(apply_rope(x, angles, rounding=rounding), x)
+
+
+@every_form
+def test_a_proportion_turns_the_first_pairs_as_all_and_the_others_not_at_all(
+    form: AngleForm,
+) -> None:
+    positions = jnp.asarray([[0, 1, 257, 65_537, 262_143]], jnp.int32)
+    angles = partial(rope_angles, head_width=512, theta=1e6, form=form)
+    some = jax.jit(partial(angles, proportion=0.25))(positions)
+    assert_same_bits(some[..., :64], jax.jit(angles)(positions)[..., :64])
+    assert_same_bits(some[..., 64:], np.zeros((1, 5, 192), np.float32))
+
+    x = jnp.asarray(normal(1, 5, 2, 512))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for rounding in ROUNDINGS:
+            turned = apply_rope(x.astype(dtype), some, rounding=rounding)
+            for still in (slice(64, 256), slice(320, 512)):
+                assert_same_bits(turned[..., still], x[..., still].astype(dtype))
 
 
 ROTATE = jax.jit(
