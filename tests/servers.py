@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +62,34 @@ class Got:
         assert all(frame.startswith("data: ") for frame in frames[:-1])
         return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
 
+    @property
+    def assembled(self) -> list[dict[str, Any]]:
+        """The choices of a stream, put together as a client does."""
+        choices = dict[int, dict[str, Any]]()
+        for event in self.events:
+            for part in event["choices"]:
+                _add(choices, part)
+        return [choices[index] for index in sorted(choices)]
+
+
+def _add(choices: dict[int, dict[str, Any]], part: dict[str, Any]) -> None:
+    """More of one choice; its end has nothing else, and nothing comes after it."""
+    whole = choices.setdefault(part["index"], part)
+    if part["finish_reason"] is not None:
+        assert part["text"] == ""
+        assert part["logprobs"] is None or set(map(len, part["logprobs"].values())) == {0}
+    if whole is part:
+        return
+    assert whole["finish_reason"] is None, "nothing comes after the end"
+    assert "prompt_token_ids" not in part
+    whole["text"] += part["text"]
+    whole["finish_reason"] = part["finish_reason"]
+    if "token_ids" in part:
+        whole["token_ids"] += part["token_ids"]
+    if part["logprobs"] is not None:
+        for name, values in part["logprobs"].items():
+            whole["logprobs"][name] += values
+
 
 class Client:
     """Sends requests to an app, each in an event loop of its own."""
@@ -85,14 +114,37 @@ class Client:
 
     def send(self, method: str, path: str, data: bytes, headers: dict[str, str]) -> Got:
         """Any request."""
+        return asyncio.run(self._sent(method, path, data, headers))
 
-        async def sent() -> Got:
-            client = self.app.test_client()
-            response = await client.open(path, method=method, data=data, headers=headers)  # pyright: ignore[reportCallIssue]
-            body = await response.get_data(as_text=False)
-            return Got(response.status_code, response.headers, body)
+    def complete_at_once(self, bodies: Iterable[dict[str, Any]]) -> list[Got]:
+        """Completions that run at the same time, as they are but for the model."""
+        headers = {"Content-Type": "application/json"}
+
+        async def sent() -> list[Got]:
+            datas = [json.dumps({"model": MODEL, **body}).encode() for body in bodies]
+            return await asyncio.gather(
+                *(self._sent("POST", "/v1/completions", data, headers) for data in datas)
+            )
 
         return asyncio.run(sent())
+
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of a text, with its beginning."""
+        return self.service.engine.gemma.tokenizer.encode(text)
+
+    async def _sent(self, method: str, path: str, data: bytes, headers: dict[str, str]) -> Got:
+        client = self.app.test_client()
+        response = await client.open(path, method=method, data=data, headers=headers)  # pyright: ignore[reportCallIssue]
+        body = await response.get_data(as_text=False)
+        return Got(response.status_code, response.headers, body)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so; fails if it is not soon."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass in 20 s"
+        await asyncio.sleep(0.002)
 
 
 def service_of(engine: Engine, *, fingerprint: str = FINGERPRINT, **settings: Any) -> Service:

@@ -5,13 +5,12 @@ The report of each is named beside its test: project and number, or where its so
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.servers import MODEL, Client, client_of, tiny_client
+from tests.servers import MODEL, Client, client_of, tiny_client, until
 
 TEXT = "the cat sat"
 # Tokens of whole letters: " t", "in", " a", "er", "on", ... 20 of them.
@@ -25,10 +24,6 @@ DRAW = {"prompt": TEXT, "max_tokens": 10, "temperature": 1, "seed": 4, "allowed_
 def client() -> Iterator[Client]:
     with tiny_client() as client:
         yield client
-
-
-def ids_of(client: Client, text: str) -> list[int]:
-    return client.service.engine.gemma.tokenizer.encode(text)
 
 
 def texts(choices: list[dict[str, Any]]) -> list[str]:
@@ -46,27 +41,6 @@ def lists(parts: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [value for part in parts for value in part["logprobs"][name]] for name in names}
 
 
-def at_once(client: Client, bodies: list[dict[str, Any]]) -> list[tuple[int, bytes]]:
-    """Status and body of requests that run at the same time."""
-
-    async def sent(body: dict[str, Any]) -> tuple[int, bytes]:
-        value = {"model": MODEL, **body}
-        response = await client.app.test_client().post("/v1/completions", json=value)
-        return response.status_code, await response.get_data(as_text=False)
-
-    async def scene() -> list[tuple[int, bytes]]:
-        return await asyncio.gather(*(sent(body) for body in bodies))
-
-    return asyncio.run(scene())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass in 20 s"
-        await asyncio.sleep(0.002)
-
-
 # Log-probabilities
 
 
@@ -74,7 +48,7 @@ def test_echo_with_logprobs_covers_the_prompt(client):
     """ggml-org/llama.cpp#27174, vllm-metal#680: generated tokens only, or `[None]`, with a 200."""
     [choice] = client.complete(prompt=TEXT, max_tokens=3, echo=True, logprobs=1).choices
     logprobs = choice["logprobs"]
-    ids = ids_of(client, TEXT)
+    ids = client.ids_of(TEXT)
     assert [len(values) for values in logprobs.values()] == [len(ids) + 3] * 4
     assert None not in logprobs["token_logprobs"][1:]
     direct = [entry.logprob for entry in client.service.engine.score(ids)[1:] if entry]
@@ -146,7 +120,7 @@ def test_tokens_that_are_bytes_have_names_of_their_own(client):
 
 def test_an_echo_of_ids_is_served(client):
     """vllm#2706: a 500."""
-    ids = ids_of(client, TEXT)
+    ids = client.ids_of(TEXT)
     for logprobs in (None, 0):
         got = client.complete(prompt=ids[1:], max_tokens=1, echo=True, logprobs=logprobs)
         assert got.choices[0]["text"].startswith(TEXT)
@@ -288,9 +262,9 @@ def test_neighbours_change_nothing(client):
     others = [
         {"prompt": "a dog" * i, "max_tokens": 3 + i, "temperature": 1.3, "n": 2} for i in (1, 2, 5)
     ]
-    replies = at_once(client, [others[0], greedy, others[1], DRAW, others[2]])
-    assert [status for status, _ in replies] == [200] * 5
-    assert [json.loads(replies[i][1])["choices"] for i in (1, 3)] == alone
+    replies = client.complete_at_once([others[0], greedy, others[1], DRAW, others[2]])
+    assert [reply.status for reply in replies] == [200] * 5
+    assert [replies[i].choices for i in (1, 3)] == alone
 
 
 def test_streams_and_replies_with_and_without_logprobs_share_a_batch(client):
@@ -299,15 +273,9 @@ def test_streams_and_replies_with_and_without_logprobs_share_a_batch(client):
         {**DRAW, "seed": seed, "stream": seed % 2 == 0, "logprobs": logprobs}
         for seed, logprobs in enumerate((None, 2, 5, None, 0, 1))
     ]
-    for body, (status, data) in zip(bodies, at_once(client, bodies), strict=True):
-        assert status == 200
-        whole = client.complete(**body | {"stream": False}).choices[0]["text"]
-        if body["stream"]:
-            frames = data.decode().split("\n\n")[:-2]
-            values = [json.loads(frame.removeprefix("data: ")) for frame in frames]
-            assert "".join(value["choices"][0]["text"] for value in values) == whole
-        else:
-            assert json.loads(data)["choices"][0]["text"] == whole
+    for body, got in zip(bodies, client.complete_at_once(bodies), strict=True):
+        whole = client.complete(**body | {"stream": False}).choices
+        assert (got.assembled if body["stream"] else got.choices) == whole
 
 
 # Stop strings
@@ -356,8 +324,8 @@ def test_the_prompt_is_fed_as_it_is(client):
     """ollama#5544, #12636: a chat template around it."""
     for prompt in (TEXT, "<start_of_turn>user\nhi<end_of_turn>\n"):
         got = client.complete(prompt=prompt, max_tokens=1, return_token_ids=True)
-        assert got.choices[0]["prompt_token_ids"] == ids_of(client, prompt)
-        assert got.json["usage"]["prompt_tokens"] == len(ids_of(client, prompt))
+        assert got.choices[0]["prompt_token_ids"] == client.ids_of(prompt)
+        assert got.json["usage"]["prompt_tokens"] == len(client.ids_of(prompt))
 
 
 def test_a_text_has_one_beginning_and_ids_have_their_own(client):
@@ -378,7 +346,7 @@ def test_nothing_may_be_asked_for_and_costs_nothing(client, echo, stream):
     got = client.complete(
         prompt=TEXT, max_tokens=0, echo=echo, stream=stream, stream_options=options
     )
-    count = len(ids_of(client, TEXT))
+    count = len(client.ids_of(TEXT))
     usage = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
     if stream:
         *parts, last = got.events

@@ -33,10 +33,6 @@ def client() -> Iterator[Client]:
         yield client
 
 
-def ids_of(client: Client, text: str) -> list[int]:
-    return client.service.engine.gemma.tokenizer.encode(text)
-
-
 def send(client: Client, body: dict[str, Any], *, headers: dict[str, str] | None = None) -> Got:
     """The body as it is, with nothing put in."""
     return client.post("/v1/completions", body, headers=headers)
@@ -77,12 +73,12 @@ def lm_eval_reads(choice: dict[str, Any], context: int) -> tuple[float, bool, in
 
 def test_lm_eval_scores_continuations_as_the_model_does(client):
     engine = client.service.engine
-    context = ids_of(client, TEXT)
+    context = client.ids_of(TEXT)
     [said] = engine.complete(
         context, SamplingParams(temperature=0, max_tokens=4, logprobs=0)
     ).choices
     likeliest = list(said.token_ids)
-    unlikely = ids_of(client, " on the mat")[1:]
+    unlikely = client.ids_of(" on the mat")[1:]
     # The last has no beginning of text: ids are taken as they are.
     prompts = [context + likeliest, context + unlikely, context[1:] + unlikely]
     contexts = [len(context), len(context), len(context) - 1]
@@ -109,7 +105,7 @@ def test_lm_eval_scores_texts_with_one_beginning_and_one_more_entry(client):
     texts = [TEXT, "a dog"]
     got = send(client, lm_eval_scoring(texts))
     for choice, text in zip(got.choices, texts, strict=True):
-        ids = ids_of(client, text)
+        ids = client.ids_of(text)
         assert choice["logprobs"]["tokens"][0] == "<bos>"
         assert choice["logprobs"]["tokens"].count("<bos>") == 1
         total, _, count = lm_eval_reads(choice, 1)
@@ -119,7 +115,7 @@ def test_lm_eval_scores_texts_with_one_beginning_and_one_more_entry(client):
 
 
 def test_lm_eval_may_score_without_generating(client):
-    ids = ids_of(client, TEXT)
+    ids = client.ids_of(TEXT)
     got = send(client, lm_eval_scoring([ids], max_tokens=0))
     [choice] = got.choices
     assert len(choice["logprobs"]["token_logprobs"]) == len(ids)
@@ -168,7 +164,7 @@ def test_lm_eval_finds_a_tokenizer_at_the_root(client):
     assert info["eos_token"] == "<eos>"
     assert info["bos_token"] == "<bos>"
     tokens = client.post("/tokenize", {"prompt": "test", "add_special_tokens": False}).json
-    assert tokens["tokens"] == ids_of(client, "test")[1:]
+    assert tokens["tokens"] == client.ids_of("test")[1:]
     assert client.post("/detokenize", {"tokens": tokens["tokens"]}).json["prompt"] == "test"
 
 
@@ -213,7 +209,7 @@ def test_lm_evals_gguf_client_can_find_its_continuation_by_characters(client, is
     likeliest = client.complete(prompt=context, max_tokens=1).choices[0]["text"]
     continuation = likeliest if is_likeliest else " on"
     # One more token, cut where the context ends.
-    assert ids_of(client, context + continuation)[:-1] == ids_of(client, context)
+    assert client.ids_of(context + continuation)[:-1] == client.ids_of(context)
     body = {"model": MODEL, "prompt": context + continuation, **GGUF}
     total, greedy = gguf_reads(send(generous, body).choices[0]["logprobs"], len(context))
     direct = client.service.engine.score(context + continuation)[-1]
@@ -345,7 +341,7 @@ def test_langchain_sends_twenty_prompts_and_takes_choices_by_position(client):
         mine = got.choices[2 * i : 2 * i + 2]
         assert [choice["text"] for choice in mine] == [choice["text"] for choice in alone]
     usage = got.json["usage"]
-    assert usage["prompt_tokens"] == sum(len(ids_of(client, prompt)) for prompt in prompts)
+    assert usage["prompt_tokens"] == sum(len(client.ids_of(prompt)) for prompt in prompts)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
@@ -383,7 +379,7 @@ def test_guidellm_counts_tokens_by_usage_and_by_chunks(client):
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[-1] == 6
-    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {len(ids_of(client, TEXT))}
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {len(client.ids_of(TEXT))}
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks if chunk["choices"]][-1] == (
         "length"
     )
@@ -412,7 +408,7 @@ def test_vllm_bench_reads_usage_only_from_a_chunk_without_choices(client):
     chunks = [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
     [usage] = [chunk["usage"] for chunk in chunks if not chunk["choices"]]
     assert usage["completion_tokens"] == 7
-    assert usage["prompt_tokens"] == len(ids_of(client, TEXT))
+    assert usage["prompt_tokens"] == len(client.ids_of(TEXT))
     assert all(chunk["usage"] is None for chunk in chunks if chunk["choices"])
 
 
@@ -438,7 +434,7 @@ def bytes_of(token: str) -> bytes:
 
 
 def test_helm_puts_texts_together_from_tokens_that_are_bytes(client):
-    ids = [2, *(BYTE_ZERO + byte for byte in DAY.encode()), *ids_of(client, TEXT)[1:]]
+    ids = [2, *(BYTE_ZERO + byte for byte in DAY.encode()), *client.ids_of(TEXT)[1:]]
     body = {
         "model": MODEL, "prompt": ids, "temperature": 1, "n": 2, "max_tokens": 9,
         "best_of": 3, "logprobs": 1, "stop": None, "top_p": 1, "presence_penalty": 0,

@@ -21,7 +21,7 @@ bodies of clients                        test_contract_clients
 import asyncio
 import json
 import math
-import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,7 +35,7 @@ from refimpl.server.lifecycle import Service
 from refimpl.server.loading import Loaded
 from refimpl.server.settings import ServerSettings
 from tests.engines import tiny_engine
-from tests.servers import FINGERPRINT, MODEL, NAMES, Client, client_of, tiny_client
+from tests.servers import FINGERPRINT, MODEL, NAMES, Client, client_of, tiny_client, until
 
 TEXT = "the cat sat"
 # Tokens of whole letters: " t", "in", " a", "er", "on", "he", "re", "or", ... 20 of them.
@@ -50,10 +50,6 @@ def client() -> Iterator[Client]:
         yield client
 
 
-def ids_of(client: Client, text: str) -> list[int]:
-    return client.service.engine.gemma.tokenizer.encode(text)
-
-
 def drawn(client: Client, **more: Any) -> dict[str, Any]:
     """The only choice of a text of ordinary pieces, drawn by a seed."""
     body = {"prompt": TEXT, "max_tokens": 10, "temperature": 1, "seed": 4,
@@ -62,52 +58,13 @@ def drawn(client: Client, **more: Any) -> dict[str, Any]:
     return choice
 
 
-def joined(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Chunks put together, one choice for each index, with the number of its chunks."""
-    choices = dict[int, dict[str, Any]]()
-    for event in events:
-        for part in event["choices"]:
-            one = choices.setdefault(
-                part["index"], {"text": "", "logprobs": None, "finish_reason": None, "chunks": 0}
-            )
-            assert one["finish_reason"] is None, "nothing comes after the finishing chunk"
-            one["text"] += part["text"]
-            one["finish_reason"] = part["finish_reason"]
-            one["chunks"] += 1
-            if part["logprobs"] is not None:
-                lists = one["logprobs"] or {name: [] for name in part["logprobs"]}
-                one["logprobs"] = {name: lists[name] + part["logprobs"][name] for name in lists}
-    return choices
-
-
-def together(client: Client, bodies: list[dict[str, Any]]) -> list[Any]:
-    """Replies to requests that are sent at the same time."""
-
-    async def sent(body: dict[str, Any]) -> Any:
-        response = await client.app.test_client().post("/v1/completions", json=body)
-        assert response.status_code == 200
-        return await response.get_json()
-
-    async def scene() -> list[Any]:
-        return await asyncio.gather(*(sent(body) for body in bodies))
-
-    return asyncio.run(scene())
-
-
-async def until(condition: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass in 20 s"
-        await asyncio.sleep(0.002)
-
-
 # Completions
 
 
 def test_a_greedy_call_is_counted_exactly(client):
     got = client.complete(prompt=TEXT, max_tokens=5)
     [choice] = got.choices
-    count = len(ids_of(client, TEXT))
+    count = len(client.ids_of(TEXT))
     assert choice["finish_reason"] == "length"
     assert got.json["usage"] == {
         "prompt_tokens": count, "completion_tokens": 5, "total_tokens": count + 5,
@@ -117,7 +74,7 @@ def test_a_greedy_call_is_counted_exactly(client):
 
 
 def test_ids_of_a_prompt_are_a_prompt_and_bring_nothing_unasked(client):
-    [choice] = client.complete(prompt=ids_of(client, TEXT), max_tokens=3).choices
+    [choice] = client.complete(prompt=client.ids_of(TEXT), max_tokens=3).choices
     assert list(choice) == ["text", "index", "logprobs", "finish_reason"]
     assert choice["text"] == client.complete(prompt=TEXT, max_tokens=3).choices[0]["text"]
 
@@ -140,7 +97,7 @@ def test_the_number_of_logprobs_is_the_one_asked_for_or_one_more(client, stream)
     for count in (None, 0, 1, 5):
         body = {"prompt": TEXT, "max_tokens": 6, "temperature": 2, "seed": 1, "logprobs": count}
         got = client.complete(**body, stream=stream)
-        choice = joined(got.events)[0] if stream else got.choices[0]
+        choice = got.assembled[0] if stream else got.choices[0]
         if count is None:
             assert choice["logprobs"] is None
             continue
@@ -166,7 +123,7 @@ def test_prompt_logprobs_come_for_each_choice_if_asked_for(client):
     for choice, text in zip(got.choices, [TEXT, "a dog"], strict=True):
         first, *others = choice["prompt_logprobs"]
         assert first is None
-        assert len(others) == len(ids_of(client, text)) - 1
+        assert len(others) == len(client.ids_of(text)) - 1
         assert {len(entry) for entry in others} <= {1, 2}
     only = client.complete(prompt=TEXT, max_tokens=1, prompt_logprobs=0).choices[0]
     assert {len(entry) for entry in only["prompt_logprobs"][1:]} == {1}
@@ -178,13 +135,13 @@ def test_prompt_logprobs_come_for_each_choice_if_asked_for(client):
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("form", ["text", "ids"])
 def test_an_echoed_prompt_is_scored(client, count, form):
-    prompt = TEXT if form == "text" else ids_of(client, TEXT)
+    prompt = TEXT if form == "text" else client.ids_of(TEXT)
     got = client.complete(prompt=prompt, max_tokens=2, echo=True, logprobs=count)
     [choice] = got.choices
     # Ids may have begun with the beginning of text, which is then theirs.
     assert choice["text"].removeprefix("<bos>").startswith(TEXT)
     logprobs = choice["logprobs"]
-    num_prompt = len(ids_of(client, TEXT))
+    num_prompt = len(client.ids_of(TEXT))
     assert {len(values) for values in logprobs.values()} == {num_prompt + 2}
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][0] is None
@@ -213,7 +170,7 @@ def test_a_stream_is_the_reply_in_pieces(client):
         body = {"prompt": TEXT, "max_tokens": 12, "temperature": 1, "seed": seed, "logprobs": 1}
         whole = client.complete(**body).choices[0]
         got = client.complete(**body, stream=True)
-        piece = joined(got.events)[0]
+        piece = got.assembled[0]
         for name in ("text", "logprobs", "finish_reason"):
             assert piece[name] == whole[name]
         reasons = [event["choices"][0]["finish_reason"] for event in got.events]
@@ -227,10 +184,11 @@ def test_choices_of_a_seed_differ_in_text_and_length_streamed_and_not(client):
     assert [choice["index"] for choice in choices] == [0, 1, 2]
     assert len({choice["text"] for choice in choices}) == 3
     assert len({len(choice["token_ids"]) for choice in choices}) > 1
-    pieces = joined(client.complete(**body | {"return_token_ids": False}, stream=True).events)
-    assert [pieces[i]["text"] for i in range(3)] == [choice["text"] for choice in choices]
+    got = client.complete(**body | {"return_token_ids": False}, stream=True)
+    assert [piece["text"] for piece in got.assembled] == [choice["text"] for choice in choices]
     # One for each token at most, and the one that finishes.
-    assert all(piece["chunks"] <= 12 + 1 for piece in pieces.values())
+    counts = Counter(event["choices"][0]["index"] for event in got.events)
+    assert all(count <= 12 + 1 for count in counts.values())
 
 
 def test_usage_of_a_stream_is_null_until_it_is_told_once(client):
@@ -241,7 +199,7 @@ def test_usage_of_a_stream_is_null_until_it_is_told_once(client):
     *chunks, last = client.complete(**body, stream_options={"include_usage": True}).events
     assert {event["usage"] for event in chunks} == {None}
     assert last["choices"] == []
-    count = len(ids_of(client, TEXT))
+    count = len(client.ids_of(TEXT))
     expected = {"prompt_tokens": count, "completion_tokens": 4, "total_tokens": count + 4}
     assert last["usage"] == expected
     always = {"include_usage": True, "continuous_usage_stats": True}
@@ -258,7 +216,7 @@ def test_options_of_a_stream_without_one_are_refused(client, options, stream):
 
 
 def test_an_array_of_two_gives_its_choices_in_the_order_of_prompts(client):
-    ids = ids_of(client, TEXT)
+    ids = client.ids_of(TEXT)
     for prompt in ([TEXT, TEXT], [ids, ids]):
         choices = client.complete(prompt=prompt, max_tokens=3).choices
         assert choices[0]["text"] == choices[1]["text"]
@@ -267,10 +225,9 @@ def test_an_array_of_two_gives_its_choices_in_the_order_of_prompts(client):
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
     alone = client.complete(**body | {"prompt": "a dog"}).choices
     assert [choice["text"] for choice in choices[2:]] == [choice["text"] for choice in alone]
-    events = client.complete(**body, stream=True).events
-    assert {len(event["choices"]) for event in events} == {1}
-    pieces = joined(events)
-    assert [pieces[i]["text"] for i in range(4)] == [choice["text"] for choice in choices]
+    got = client.complete(**body, stream=True)
+    assert {len(event["choices"]) for event in got.events} == {1}
+    assert got.assembled == choices
 
 
 def test_four_prompts_are_told_apart_by_their_index(client):
@@ -279,16 +236,16 @@ def test_four_prompts_are_told_apart_by_their_index(client):
     choices = client.complete(prompt=prompts, max_tokens=3).choices
     assert [choice["text"] for choice in choices] == alone
     body = {"prompt": prompts, "max_tokens": 3, "stream": True}
-    *chunks, last = client.complete(**body, stream_options={"include_usage": True}).events
-    pieces = joined(chunks)
-    assert [pieces[i]["text"] for i in range(4)] == alone
+    got = client.complete(**body, stream_options={"include_usage": True})
+    assert [piece["text"] for piece in got.assembled] == alone
+    *chunks, last = got.events
     assert [bool(event["usage"]) for event in chunks] == [False] * len(chunks)
     assert last["usage"]["completion_tokens"] == 12
-    assert last["usage"]["prompt_tokens"] == sum(len(ids_of(client, text)) for text in prompts)
+    assert last["usage"]["prompt_tokens"] == sum(len(client.ids_of(text)) for text in prompts)
 
 
 def test_prompts_as_text_and_ids_agree_and_do_not_mix(client):
-    ids = ids_of(client, TEXT)
+    ids = client.ids_of(TEXT)
     texts = {
         client.complete(prompt=prompt, max_tokens=4).choices[0]["text"]
         for prompt in (TEXT, [TEXT], ids, [ids])
@@ -308,7 +265,7 @@ def test_places_of_a_stream_that_holds_text_back_are_those_of_the_reply(client):
     for echo in (False, True):
         whole = client.complete(**body, echo=echo).choices[0]
         assert whole["text"] == (TEXT if echo else "") + plain
-        piece = joined(client.complete(**body, echo=echo, stream=True).events)[0]
+        piece = client.complete(**body, echo=echo, stream=True).assembled[0]
         assert piece["text"] == whole["text"]
         assert piece["logprobs"] == whole["logprobs"]
         full = TEXT + plain
@@ -337,25 +294,25 @@ def test_a_stop_may_lie_across_tokens_and_be_a_string_or_a_list(client):
             prompt=TEXT, max_tokens=10, temperature=1, seed=4, allowed_token_ids=PIECES,
             stop=value, stream=True,
         )  # fmt: skip
-        assert joined(got.events)[0]["text"] == expected
+        assert got.assembled[0]["text"] == expected
 
 
 def test_frames_of_odd_texts_are_spelt_in_one_way(client):
     odd = 'a "quote", a back\\slash, \x07\x00\t\r\n, 🙂 日本語 \u2028 </script> ﷺ'
     got = client.complete(prompt=odd, max_tokens=2, echo=True, logprobs=1, stream=True)
-    assert joined(got.events)[0]["text"].startswith(odd)
+    assert got.assembled[0]["text"].startswith(odd)
     for frame in got.body.decode("ascii").split("\n\n")[:-2]:
         data = frame.removeprefix("data: ")
         assert data == json.dumps(json.loads(data), separators=(",", ":"))
     whole = client.complete(prompt=odd, max_tokens=2, echo=True, logprobs=1).choices[0]
-    assert whole["logprobs"] == joined(got.events)[0]["logprobs"]
+    assert whole["logprobs"] == got.assembled[0]["logprobs"]
 
 
 def test_returned_ids_are_those_of_the_tokenizer_and_of_the_spelt_tokens(client):
     body = {"prompt": TEXT, "max_tokens": 4, "logprobs": 0, "return_token_ids": True,
             "return_tokens_as_token_ids": True}  # fmt: skip
     [choice] = client.complete(**body).choices
-    assert choice["prompt_token_ids"] == ids_of(client, TEXT)
+    assert choice["prompt_token_ids"] == client.ids_of(TEXT)
     assert [f"token_id:{i}" for i in choice["token_ids"]] == choice["logprobs"]["tokens"]
     tokenizer = client.service.engine.gemma.tokenizer
     assert tokenizer.decode(choice["token_ids"]) == choice["text"]
@@ -615,7 +572,7 @@ def test_metrics_move_by_exactly_what_was_done(client):
     client.complete(prompt=TEXT, max_tokens=5, stream=True, ignore_eos=True)
     after = figures(client)
     moved = {name: after[name] - before.get(name, 0) for name in after}
-    prompts = 2 * len(ids_of(client, TEXT)) + len(ids_of(client, "a dog"))
+    prompts = 2 * len(client.ids_of(TEXT)) + len(client.ids_of("a dog"))
     assert moved["vllm:prompt_tokens_total"] == prompts
     assert moved["vllm:generation_tokens_total"] == 4 * 3 + 5
     assert moved["vllm:request_success_total"] == 5
@@ -658,7 +615,7 @@ def test_more_requests_than_slots_are_all_answered_as_if_alone(client):
         for i in range(24)
     ]
     alone = [client.complete(**body).choices[0]["text"] for body in bodies[:3]]
-    texts = [reply["choices"][0]["text"] for reply in together(client, bodies)]
+    texts = [got.choices[0]["text"] for got in client.complete_at_once(bodies)]
     assert texts == alone * 8
 
 
@@ -711,8 +668,8 @@ def test_neighbours_change_no_bit(client, temperature):
          "seed": None if i % 2 else i, "n": 1 + i % 2}
         for i in range(1, 8)
     ]  # fmt: skip
-    reply = together(client, [*others[:3], body, *others[3:]])[3]
-    assert reply["choices"] == alone
+    got = client.complete_at_once([*others[:3], body, *others[3:]])[3]
+    assert got.choices == alone
 
 
 def test_a_prompt_in_the_cache_changes_no_bit(client):

@@ -28,30 +28,11 @@ def engine_of(client: Client) -> Any:
     return client.service.engine
 
 
-def assembled(got: Got) -> list[dict[str, Any]]:
-    """The choices of a stream, put together as a client does."""
-    choices = dict[int, dict[str, Any]]()
+def assembled_of(got: Got) -> list[dict[str, Any]]:
+    """The choices of a stream, each chunk of which is as it is described."""
     for chunk in got.events:
         REPLY.validate_python(chunk, strict=True)
-        for part in chunk["choices"]:
-            index = part["index"]
-            if index not in choices:
-                choices[index] = part
-                continue
-            whole = choices[index]
-            assert whole["finish_reason"] is None, "nothing comes after the end"
-            whole["text"] += part["text"]
-            whole["finish_reason"] = part["finish_reason"]
-            assert "prompt_token_ids" not in part
-            if "token_ids" in part:
-                whole["token_ids"] += part["token_ids"]
-            if part["logprobs"] is not None:
-                for name, values in part["logprobs"].items():
-                    whole["logprobs"][name] += values
-            if part["finish_reason"] is not None:
-                assert part["text"] == ""
-                assert part["logprobs"] is None or set(map(len, part["logprobs"].values())) == {0}
-    return [choices[index] for index in sorted(choices)]
+    return got.assembled
 
 
 FORMS: dict[str, tuple[Any, list[tuple[str, list[int]]]]] = {
@@ -99,7 +80,7 @@ def test_echo_times_logprobs_times_prompt_times_n_streamed_and_not(client, echo,
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
     streamed = client.complete(**body, stream=True, stream_options={"include_usage": True})
-    assert assembled(streamed) == got.choices
+    assert assembled_of(streamed) == got.choices
     assert streamed.events[-1]["usage"] == usage
 
 
@@ -152,7 +133,7 @@ def test_nothing_is_generated_for_max_tokens_0_with_or_without_echo(client):
         [choice] = got.choices
         assert (choice["text"], choice["finish_reason"]) == (TEXT if echo else "", "length")
         assert got.json["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
-        assert assembled(client.complete(prompt=TEXT, max_tokens=0, echo=echo, stream=True)) == [
+        assert assembled_of(client.complete(prompt=TEXT, max_tokens=0, echo=echo, stream=True)) == [
             choice
         ]
 
@@ -302,7 +283,7 @@ def test_returned_ids_are_those_listed(client):
     assert choice["logprobs"]["tokens"] == spelt
     assert choice["prompt_token_ids"] == IDS
     assert choice["text"] == TEXT + TOKENIZER.decode(choice["token_ids"], skip_special=True)
-    assert assembled(client.complete(**body, stream=True)) == [choice]
+    assert assembled_of(client.complete(**body, stream=True)) == [choice]
     [plain] = client.complete(**{**body, "return_token_ids": False}).choices
     assert "token_ids" not in plain
     assert "prompt_token_ids" not in plain
@@ -321,7 +302,7 @@ def test_prompt_logprobs(client, count):
             assert entry[str(score.id)]["logprob"] == score.logprob
             assert {int(i) for i in entry} == {score.id, *(i for i, _ in score.top)}
     if count == 0:
-        assert assembled(client.complete(**body, stream=True)) == got.choices
+        assert assembled_of(client.complete(**body, stream=True)) == got.choices
     assert "prompt_logprobs" not in client.complete(prompt=TEXT).choices[0]
     # Each takes what it wants of the one list.
     both = client.complete(prompt=TEXT, prompt_logprobs=count, echo=True, logprobs=1, max_tokens=0)
@@ -339,7 +320,7 @@ def test_stop_ends_before_the_first_in_the_text_streamed_and_not(client):
         assert choice["text"] == (text[: text.index(middle)] if stops else text)
         assert choice["finish_reason"] == ("stop" if stops else plain["finish_reason"])
         streamed = client.complete(prompt=TEXT, max_tokens=24, stop=stops, logprobs=0, stream=True)
-        assert assembled(streamed) == [choice]
+        assert assembled_of(streamed) == [choice]
     kept = client.complete(prompt=TEXT, max_tokens=24, stop=middle, include_stop_str_in_output=True)
     assert kept.choices[0]["text"] == text[: text.index(middle) + len(middle)]
 
@@ -441,7 +422,7 @@ def test_a_suffix_is_reached_by_resampling(client, stream):
     assert got.json["usage"]["prompt_tokens"] == prompts + 2 * suffix
     if stream:
         streamed = client.complete(**body, stream=True, stream_options={"include_usage": True})
-        assert assembled(streamed) == got.choices
+        assert assembled_of(streamed) == got.choices
         assert streamed.events[-1]["usage"] == got.json["usage"]
 
 

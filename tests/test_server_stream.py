@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from refimpl.engine.events import Delta, Event, Finished
 from refimpl.errors import EngineError
 from refimpl.server import stream
 from refimpl.server.merging import merge
-from tests.servers import MODEL, SLOTS, Client, client_of, tiny_client
+from tests.servers import MODEL, SLOTS, Client, client_of, tiny_client, until
 
 TEXT = "is the "
 # Long enough for what came before to be sent by itself: what an error overtakes is not.
@@ -215,13 +214,6 @@ async def left(client: Client, body: dict[str, Any], *, after_frames: int) -> No
             assert worker is not None
             await until(lambda: worker.num_in_flight > 0)
         await sent.disconnect()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass in 20 s"
-        await asyncio.sleep(0.002)
 
 
 @pytest.mark.parametrize(
