@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
 
 from refimpl.engine.engine import Engine
 from refimpl.engine.loop import EngineLoop
@@ -111,3 +114,25 @@ def test_a_client_that_leaves_frees_its_slots_within_one_step(engine, is_streame
         assert gate.num_begun == 7
         eventually(lambda: server.num_tasks == tasks)
         assert server.service.metrics.value("refimpl:requests_cancelled_total") == 1
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_resets_its_stream_of_http_2_frees_its_slots(engine, is_streamed):
+    body = {"model": MODEL, "prompt": TEXT, "max_tokens": 360, "ignore_eos": True, "n": 8,
+            "stream": is_streamed}  # fmt: skip
+    with served(engine) as server, socket.create_connection(("127.0.0.1", server.port)) as other:
+        client = H2Connection(H2Configuration(client_side=True))
+        client.initiate_connection()
+        client.send_headers(1, [
+            (":method", "POST"), (":path", "/v1/completions"), (":scheme", "http"),
+            (":authority", "here"), ("content-type", "application/json"),
+        ])  # fmt: skip
+        client.send_data(1, json.dumps(body).encode(), end_stream=True)
+        other.sendall(client.data_to_send())
+        eventually(lambda: loop_of(engine).worker.scheduler.num_free < SLOTS)
+        client.reset_stream(1, ErrorCodes.CANCEL)
+        other.sendall(client.data_to_send())
+        metrics = server.service.metrics
+        eventually(lambda: metrics.value("refimpl:requests_cancelled_total") == 1)
+        eventually(lambda: server.is_idle)
+        assert server.has_connections, "other streams of it may go on"
