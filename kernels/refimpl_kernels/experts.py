@@ -123,7 +123,7 @@ def _blocks(experts: Int[Array, " p"], num_experts: int) -> _Blocks:
     expert = jnp.minimum(expert, num_experts - 1)
 
     nth = index - (ends - blocks)[expert]
-    place = nth[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)
+    place = nth[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)[None]
     first = (jnp.cumsum(sizes) - sizes)[expert]
     pair = jnp.take(order, first[:, None] + place, mode="clip")
     return _Blocks(ends[-1], expert, jnp.where(place < sizes[expert][:, None], pair, pairs))

@@ -175,10 +175,16 @@ def expert_weights(scores: Float[Array, "r e"], *, chosen: int) -> Float32[Array
 def experts(
     x: Float[Array, "r d"],
     weights: Float[Array, "r e"],
-    gate_up: Float[Array, "e d 2f"],
+    gate_up: Float[Array, "e d g"],
     down: Float[Array, "e f d"],
 ) -> Float32[Array, "r d"]:
-    """sum_e weights[e] (gelu(x G_e) * x U_e) D_e; every expert computed, most with weight zero."""
+    """sum_e weights[e] (gelu(x G_e) * x U_e) D_e; every expert computed, most with weight zero.
+
+    `gate_up` has each expert's gate before its up projection, so g is twice f.
+    """
+    x, weights, gate_up, down = (
+        jnp.asarray(given, jnp.float32) for given in (x, weights, gate_up, down)
+    )
     gate, up = jnp.split(
         jnp.einsum("rd,edf->ref", x, gate_up, precision=Precision.HIGHEST), 2, axis=-1
     )
