@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from refimpl.server.app import create_app
 from refimpl.server.contract import CompletionRequest
 from refimpl.server.errors import Problem, dumps
+from refimpl.server.extensions import Extensions
 from refimpl.server.lifecycle import Service
 from refimpl.server.loading import Loaded
 from refimpl.server.models import Model, ModelList
@@ -247,7 +248,8 @@ def test_the_description_of_requests_is_the_schema_that_reads_them(ready):
     assert set(properties["properties"]) == set(CompletionRequest.model_fields)
     for name, field in properties["properties"].items():
         assert ("anyOf" in field and {"type": "null"} in field["anyOf"]) == (name != "model"), name
-        assert field["description"], name
+        is_ours = field["description"].endswith("Not of OpenAI's contract.")
+        assert is_ours == (name in Extensions.model_fields), name
 
 
 def test_caps_of_the_settings_are_described():

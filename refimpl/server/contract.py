@@ -69,7 +69,7 @@ class CompletionRequest(Extensions):
         default=None,
         ge=0,
         description="Give each token's log-probability, and of so many of the likeliest in its "
-        "place.",
+        "place. The token that ends a text is one of them, unless the server is set otherwise.",
     )
     max_tokens: Integer = Field(
         default=16, ge=0, description="Most tokens to generate for each choice."
@@ -88,7 +88,12 @@ class CompletionRequest(Extensions):
         default=False, description="Send the text while it is made, as server-sent events."
     )
     stream_options: StreamOptions | None = Field(default=None, description="Only with stream.")
-    suffix: str = Field(default="", description="Text that comes after the completion.")
+    suffix: str = Field(
+        default="",
+        description="Text that comes after the completion. For a model that was not trained to "
+        "fill gaps, several completions are drawn and cut, each is scored with the suffix behind "
+        "it, and the likeliest is kept; a stream has it in one piece at the end.",
+    )
     temperature: Number = Field(
         default=1.0, ge=0, le=2, description="Divides the logits; 0 draws the likeliest token."
     )

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from pydantic import TypeAdapter
 
 from refimpl.server.contract import CompletionRequest
+from refimpl.server.extensions import Extensions
 from refimpl.server.operations import OPERATIONS, Operation
 from refimpl.server.settings import ServerSettings
 
@@ -65,6 +66,8 @@ def document(settings: ServerSettings) -> dict[str, Any]:
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     completion = schemas[CompletionRequest.__name__]
     _cap(completion["properties"], settings)
+    for name in Extensions.model_fields:
+        completion["properties"][name]["description"] += " Not of OpenAI's contract."
     if not settings.require_model:
         completion["required"].remove("model")
     return {
