@@ -98,6 +98,12 @@ ROOMS = {
         refimpl.progress refimpl.server refimpl_kernels refimpl_weights""",
         theirs="numpy rich",
     ),
+    # Only the command line imports it: shapes of the model and of the engine's state.
+    "refimpl.plan": room(
+        ours="refimpl.engine refimpl.errors refimpl.model refimpl.plan refimpl_kernels",
+        theirs="jax rich",
+    ),
+    "refimpl.catalogue": room(ours="refimpl.model", theirs="rich"),
     "refimpl.cli": COMMAND_LINE,
     "refimpl.serve": COMMAND_LINE,
     "refimpl.progress": COMMAND_LINE,

@@ -1,9 +1,9 @@
 """How a model would be divided among devices: shapes and layouts, without a device or an array.
 
-Tensor parallelism over one mesh axis. Every matrix "i o" is divided along its outputs, so that each
-device computes whole outputs: no sum over inputs is cut, and a divided run could give the bits of
-one device. (The usual division cuts the inputs of the two output projections and adds up partial
-sums, which moves as many bytes and takes as much memory, but rounds in another order.)
+Tensor parallelism. Every matrix "i o" is divided along its outputs, so that each device computes
+whole outputs: no sum over inputs is cut, and a divided run could give the bits of one device. (The
+usual division cuts the inputs of the two output projections and adds up partial sums, which takes
+as much memory, but rounds in another order.)
 
     queries, keys, values    by whole heads, and the cache with them
     gate, up and all others  by column
@@ -13,12 +13,13 @@ sums, which moves as many bytes and takes as much memory, but rounds in another 
 
 What lies joined in one matrix of ours (queries, keys and values; gate and up) is laid out here as
 the matrices that it was joined from, because columns of the joined one would give one device all
-keys and none of the queries. A divided run would have to join each device's share anew; the bytes
+keys and none of the queries. A divided run would have to join each device's shares anew; the bytes
 of every device are exact all the same.
 
-A dimension whose units do not divide evenly is held whole by every device. For key/value heads
-fewer than devices that is more than a run would need, since a device's queries read one of them:
-heads could be copied to groups of devices, which one mesh axis does not express.
+The devices are a mesh with an axis for each prime factor of their number, and a dimension is
+divided over the first axes, as many as divide it evenly. So 4 key/value heads are 4 shares on 8
+devices, each on the two neighbours whose queries read that head; and one head, or 5 columns on 4
+devices, are whole on every device.
 
 Nothing here runs: the engine knows one device. A plan counts what each would have to hold.
 """
@@ -31,6 +32,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import Array
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from refimpl.errors import InvalidRequestError
@@ -41,7 +43,7 @@ from refimpl.model.numerics import FLOAT32
 from refimpl.model.storage import Storage
 from refimpl.model.transformer import Transformer
 
-AXIS = "model"
+AXIS = "model"  # with a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Divided:
         part: what it is of a joined matrix: "query", "gate", ...; else "".
         unit: what is never cut: "heads", "experts" or "columns"; "" of what stays whole.
         count: of these units.
-        is_divided: whether devices have different parts of it.
+        shares: into how many it is divided; each share is on as many devices as any other.
         arrays: one, or of a quantized matrix its integers, scales and minimums. Each with its
             sharding.
     """
@@ -62,21 +64,50 @@ class Divided:
     part: str
     unit: str
     count: int
-    is_divided: bool
+    shares: int
     arrays: tuple[jax.ShapeDtypeStruct, ...]
 
 
 def mesh_of(devices: int) -> AbstractMesh:
-    """A mesh of so many devices, of which none need exist.
+    """A mesh of so many devices, of which none need exist: an axis for each prime factor.
+
+    >>> mesh_of(12).axis_sizes
+    (2, 2, 3)
 
     Raises:
         InvalidRequestError: less than one.
     """
     if devices < 1:
-        raise InvalidRequestError(
-            f"devices must be at least 1, got {devices}", parameter="devices"
-        )
-    return AbstractMesh((devices,), (AXIS,))
+        raise InvalidRequestError(f"devices must be at least 1, got {devices}", parameter="devices")
+    factors, factor, left = list[int](), 2, devices
+    while factor * factor <= left:
+        if left % factor:
+            factor += 1
+        else:
+            factors.append(factor)
+            left //= factor
+    factors += [left] if left > 1 or not factors else []
+    return AbstractMesh(tuple(factors), tuple(f"{AXIS}{i}" for i in range(len(factors))))
+
+
+def shares_of(units: int, mesh: AbstractMesh) -> int:
+    """Into how many shares so many units are divided.
+
+    >>> [shares_of(units, mesh_of(12)) for units in (24, 8, 6, 1)]
+    [12, 4, 2, 1]
+    """
+    return math.prod(mesh.shape[name] for name in _axes_for(units, mesh))
+
+
+def _axes_for(units: int, mesh: AbstractMesh) -> tuple[str, ...]:
+    """The first axes of the mesh, as many as together divide the units evenly."""
+    shares, chosen = 1, list[str]()
+    for name, size in mesh.shape.items():
+        if units % (shares * size):
+            break
+        shares *= size
+        chosen.append(name)
+    return tuple(chosen)
 
 
 @cache
@@ -112,17 +143,22 @@ def divide_cache(cache: KVCache, mesh: AbstractMesh) -> KVCache:
 
 
 def divide(
-    array: jax.ShapeDtypeStruct, mesh: AbstractMesh, *, axis: int | None, units: int | None = None
+    array: Array | jax.ShapeDtypeStruct,
+    mesh: AbstractMesh,
+    *,
+    axis: int | None,
+    units: int | None = None,
 ) -> jax.ShapeDtypeStruct:
-    """The array with a sharding along an axis; whole on every device where units do not divide.
+    """The shape and type of an array with a sharding along an axis.
 
     Args:
+        array: of which nothing but shape and type is looked at.
         axis: None for whole on every device.
         units: of the axis, that are never cut; None for its length.
     """
-    entries: list[str | None] = [None] * len(array.shape)
-    if axis is not None and (array.shape[axis] if units is None else units) % mesh.size == 0:
-        entries[axis] = AXIS
+    entries: list[tuple[str, ...] | None] = [None] * len(array.shape)
+    if axis is not None:
+        entries[axis] = _axes_for(array.shape[axis] if units is None else units, mesh) or None
     sharding = NamedSharding(mesh, PartitionSpec(*entries))
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
@@ -160,7 +196,7 @@ def _divided(path: names.Path, piece: _Piece, mesh: AbstractMesh, storage: Stora
         part=piece.part,
         unit=piece.unit,
         count=piece.count,
-        is_divided=bool(piece.unit) and piece.count % mesh.size == 0 and mesh.size > 1,
+        shares=shares_of(piece.count, mesh) if piece.unit else 1,
         arrays=arrays,
     )
 

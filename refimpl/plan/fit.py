@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from refimpl.engine.programs import CHUNKS
 from refimpl.engine.state import DecodeState
-from refimpl.model.cache import KVCache
+from refimpl.model.cache import BLOCK, KVCache
 from refimpl.model.config import GemmaConfig
 from refimpl.model.layer_spec import AttentionKind
 from refimpl.model.numerics import Numerics
@@ -127,7 +127,7 @@ class Plan:
             prefix=self.prefix_bytes,
             working=working_memory(
                 self.config,
-                devices=self.devices,
+                mesh=self.mesh,
                 is_wide=self.storage.name == "float32",
                 numerics=self.numerics,
                 slots=slots,
@@ -141,27 +141,42 @@ class Plan:
         return self.need(slots=slots, context=context).total <= self.memory
 
     def largest_context(self, *, slots: int) -> int:
-        """Positions that so many slots can have each, at most the model's own context; 0: none."""
-        return _largest(
-            self.config.context_length, lambda context: self.fits(slots=slots, context=context)
-        )
+        """Positions that so many slots can have each, at most the model's own context; 0: none.
+
+        Caches grow by whole blocks.
+        """
+        own = self.config.context_length
+
+        def holds(blocks: int) -> bool:
+            return self.fits(slots=slots, context=min(blocks * BLOCK, own))
+
+        return min(BLOCK * _largest(-(-own // BLOCK), holds), own)
 
     def most_slots(self, *, context: int) -> int:
         """Slots that can have so many positions each; 0: none."""
         return _largest(MOST_SLOTS, lambda slots: self.fits(slots=slots, context=context))
 
 
-@cache
 def abstract_state(
     config: GemmaConfig, numerics: Numerics, *, slots: int, context: int
 ) -> DecodeState:
     """The shapes and types of the state that `Programs.new_state` allocates."""
 
+    def of_all_slots(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((slots, *array.shape[1:]), array.dtype)
+
+    # Most sizes of a search differ in slots alone, which are the first axis of every array.
+    one = _state_of_a_slot(config, numerics, -(-context // BLOCK) * BLOCK)
+    return jax.tree.map(of_all_slots, one)
+
+
+@cache
+def _state_of_a_slot(config: GemmaConfig, numerics: Numerics, context: int) -> DecodeState:
     def create() -> DecodeState:
         held = KVCache.create(
-            config, batch=slots, length=context, chunk=CHUNKS[-1], dtype=numerics.dtype
+            config, batch=1, length=context, chunk=CHUNKS[-1], dtype=numerics.dtype
         )
-        return DecodeState.create(held, slots=slots, num_logits=config.vocab_size)
+        return DecodeState.create(held, slots=1, num_logits=config.vocab_size)
 
     return jax.eval_shape(create)
 

@@ -6,13 +6,14 @@ widest matrix or the context; all others are small beside them, and the margin i
 
 from dataclasses import dataclass
 
+from jax.sharding import AbstractMesh
 from refimpl_kernels.linear import DOT_TILE
 
 from refimpl.engine.programs import CHUNKS, WIDTHS
 from refimpl.engine.steps import SCORE_ROWS
 from refimpl.model.config import GemmaConfig
 from refimpl.model.numerics import Numerics
-from refimpl.model.sharding import parameter_shapes
+from refimpl.model.sharding import parameter_shapes, shares_of
 
 _FLOAT32 = 4
 # Logits, what penalties and the temperature make of them, noise, and their sum.
@@ -44,7 +45,7 @@ class Working:
 def working_memory(
     config: GemmaConfig,
     *,
-    devices: int,
+    mesh: AbstractMesh,
     is_wide: bool,
     numerics: Numerics,
     slots: int,
@@ -59,7 +60,7 @@ def working_memory(
     """
     rows = max(SCORE_ROWS, _width(slots))
     widths = [
-        shape[0] * min(DOT_TILE, shape[1] // (devices if shape[1] % devices == 0 else 1))
+        shape[0] * min(DOT_TILE, shape[1] // shares_of(shape[1], mesh))
         for shape in parameter_shapes(config).values()
         if len(shape) == 2
     ]
@@ -68,20 +69,19 @@ def working_memory(
         widened=0 if is_wide else max(widths) * _FLOAT32,
         attention=0
         if numerics.activation == "float32"
-        else _dense_attention(config, devices, numerics, slots, context),
+        else _dense_attention(config, mesh, numerics, slots, context),
     )
 
 
 def _dense_attention(
-    config: GemmaConfig, devices: int, numerics: Numerics, slots: int, context: int
+    config: GemmaConfig, mesh: AbstractMesh, numerics: Numerics, slots: int, context: int
 ) -> int:
     """Of the layer and the program, prefill or decode, where it is most."""
     most = 0
     for spec in config.layers:
         places = context if spec.window is None else min(context, spec.window + CHUNKS[-1])
         heads, kv_heads = (
-            count // devices if count % devices == 0 else count
-            for count in (config.num_heads, spec.num_kv_heads)
+            count // shares_of(count, mesh) for count in (config.num_heads, spec.num_kv_heads)
         )
         held = 2 * kv_heads * spec.head_width * numerics.dtype.itemsize
         for rows, queries in ((1, CHUNKS[-1]), (_width(slots), 1)):
