@@ -122,17 +122,27 @@ def _open_gguf(path: Path) -> Checkpoint:
     if len(shape) != 2:
         raise CheckpointError(f"{path}: token_embd.weight must be a matrix, got shape {shape}")
     tied = "output.weight" not in stored or _is_alias(file, "output.weight", "token_embd.weight")
-    available = {name: name for name in file.names()}
-    # Part of the architecture, and no parameter.
-    divisors = file.read(available.pop(_ROPE_DIVISORS)) if _ROPE_DIVISORS in available else None
     config = from_gguf(
         file.metadata,
         vocab_size=shape[0],
         has_tied_head=tied,
         shapes={name: file.shape(name) for name in stored},
-        rope_divisors=None if divisors is None else np.asarray(divisors).reshape(-1).tolist(),
+        rope_divisors=_rope_divisors(file),
     )
+    available = {name: name for name in file.names()}
+    if config.family == "gemma4_text":
+        # Read, as part of the architecture. In a file of another one nothing reads it.
+        del available[_ROPE_DIVISORS]
     return _checkpoint(path, config, file, available, (), names.gguf_sources(config))
+
+
+def _rope_divisors(file: GGUFFile) -> list[float] | None:
+    """By what the angle of each pair is divided in global layers, where the file says so."""
+    if _ROPE_DIVISORS not in file.names():
+        return None
+    stored = file.read(_ROPE_DIVISORS)
+    dense = stored.dequantize() if isinstance(stored, QuantizedArray) else stored
+    return dense.astype(np.float64).reshape(-1).tolist()
 
 
 def _open_hugging_face(path: Path) -> Checkpoint:

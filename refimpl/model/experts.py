@@ -70,4 +70,5 @@ class Experts(nnx.Module):
         scaled = self.router_norm(rows) * self.router_scale.get_value().astype(rows.dtype)[None]
         scaled = (scaled.astype(jnp.float32) * self.root).astype(rows.dtype)
         # Without the barrier the two factors might be multiplied with each other first.
-        return self.router(jax.lax.optimization_barrier(scaled), implementation=implementation)
+        scaled = jax.lax.optimization_barrier(scaled)
+        return self.router(scaled[None], implementation=implementation)[0]

@@ -65,7 +65,7 @@ class Scalar(nnx.Module):
         self.factor = nnx.Param(jnp.ones((1,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        return x * self.factor.get_value().astype(x.dtype)
+        return x * self.factor.get_value()[0].astype(x.dtype)
 
 
 def normalised(x: Float[Array, "*b d"], norm: RMSNorm | None) -> Float[Array, "*b d"]:
