@@ -76,6 +76,28 @@ def test_tensors_without_any_prefix(tmp_path):
     assert_same(load(tmp_path / "without"), load(tmp_path / "with"))
 
 
+@pytest.mark.parametrize("name", ["gemma4_e2b", "gemma3n"])
+def test_tensors_that_sharing_layers_do_not_read_may_be_absent(tmp_path, name):
+    synthetic.write_checkpoint(tmp_path / "released", name)
+    synthetic.write_checkpoint(tmp_path / "saved again", name, shared_tensors=False)
+    assert_same(load(tmp_path / "saved again"), load(tmp_path / "released"))
+
+
+def test_stacks_of_the_wrong_shape_are_named(tmp_path):
+    arrays = synthetic.tensors("gemma4_moe")
+    at = "model.layers."
+    arrays[f"{at}1.experts.gate_up_proj"] = arrays[f"{at}1.experts.gate_up_proj"][:7]
+    arrays[f"{at}2.experts.down_proj"] = arrays[f"{at}2.experts.down_proj"][:, :, :11].copy()
+    # The right number of weights, gates and ups of all experts one under the other.
+    flat = arrays[f"{at}3.experts.gate_up_proj"].reshape(8 * 24, 32)
+    arrays[f"{at}3.experts.gate_up_proj"] = flat[:-1]
+    assert faults(write(tmp_path, TINY["gemma4_moe"], arrays)) == {
+        f"mis-shaped: {at}1.experts.gate_up_proj is (7, 24, 32), expected (8, 24, 32)",
+        f"mis-shaped: {at}2.experts.down_proj is (8, 32, 11), expected (8, 32, 12)",
+        f"mis-shaped: {at}3.experts.gate_up_proj is (191, 32), expected (192, 32)",
+    }
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_precision_of_the_file_is_kept(tmp_path, dtype):
     config, arrays = small()

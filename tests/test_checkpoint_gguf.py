@@ -1,20 +1,20 @@
 """GGUF files as models: integers stay integers, and the function is that of the dense weights."""
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from refimpl_kernels.matrix import QuantizedMatrix, dequantize
+from refimpl_kernels.matrix import QuantizedMatrix
 from refimpl_weights import synthetic_gguf
 
 from refimpl.model.checkpoint import load_model, open_checkpoint
 from refimpl.model.hf_config import to_hugging_face
 from tests.checkpoint_files import (
     Arrays,
+    as_float32,
     as_hugging_face,
     assert_same,
     expected_parameters,
@@ -27,10 +27,6 @@ from tests.checkpoint_files import (
     write,
 )
 from tests.gguf_files import Tensor, build
-
-
-def as_float32(leaf: Any) -> np.ndarray:
-    return np.asarray(dequantize(leaf) if isinstance(leaf, QuantizedMatrix) else leaf, np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def _layer(config: Config, layer: int) -> Iterator[Drawn]:
 def _attention(config: Config, layer: int) -> Iterator[Drawn]:
     """Scores are not divided by sqrt(head width); the weights of the two norms do it instead."""
     d, n = config["hidden_size"], config["num_attention_heads"]
-    k, h = _key_value_shape(config, layer)
+    k, h = key_value_shape(config, layer)
     is_global = config["layer_types"][layer] == "full_attention"
     yield matrix("self_attn.q_proj.weight", n * h, d)
     yield matrix("self_attn.k_proj.weight", k * h, d)
@@ -112,7 +112,7 @@ def _attention(config: Config, layer: int) -> Iterator[Drawn]:
     yield norm("self_attn.k_norm.weight", h, centre=0.3, spread=0.1)
 
 
-def _key_value_shape(config: Config, layer: int) -> tuple[int, int]:
+def key_value_shape(config: Config, layer: int) -> tuple[int, int]:
     """Key/value heads and head width of a layer, in either spelling of global layers' own ones."""
     sizes = (config["num_key_value_heads"], config["head_dim"])
     if "per_layer_config" in config:

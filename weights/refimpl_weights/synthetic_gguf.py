@@ -1,8 +1,9 @@
 """Tiny random Gemma models as GGUF files, complete with configuration and vocabulary.
 
-Owns the plan of tensors and metadata; the vocabulary is `synthetic_tokenizer.py`'s. The files have
-what llama.cpp's converter writes: its names, its key-value pairs, norm weights with 1 added, and
-every vector in float32. All matrices have 256 columns or 512, so that every type fits.
+Owns the plan of tensors and metadata of Gemma 1 to 3, and the types that a file may be stored in;
+Gemma 3n and Gemma 4 are `synthetic_conversion.py`'s. The files have what llama.cpp's converter
+writes: its names, its key-value pairs, norm weights with 1 added, and every vector in float32. All
+matrices have 256 columns or 512, so that every type fits.
 
 The weights depend on architecture and seed alone, not on the type that they are stored in, and they
 are the same with every numpy: raw bits of PCG64, the one thing numpy promises never to change, and
@@ -10,7 +11,6 @@ correctly rounded arithmetic.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +18,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 from jaxtyping import Float32
 
 from refimpl_weights import synthetic_tokenizer as tokenizer
 from refimpl_weights.synthetic_blocks import quantize
+from refimpl_weights.synthetic_gguf_vocabulary import add_vocabulary
 
 EMBEDDING_LENGTH = 256
 FEED_FORWARD_LENGTH = 512
@@ -130,7 +131,7 @@ def write_gguf(
     if rope_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope_factor)
-    _add_vocabulary(writer)
+    add_vocabulary(writer, model="llama")
     writer.add_quantization_version(2)
     writer.add_file_type(FILE_TYPES[tensor_type])
     for name, array in arrays.items():
@@ -238,39 +239,3 @@ def _add_configuration(writer: GGUFWriter, architecture: str, shape: _Shape) -> 
         writer.add_final_logit_softcapping(30.0)
     if architecture == "gemma3":
         writer.add_rope_freq_base(1_000_000.0)
-
-
-def _add_vocabulary(writer: GGUFWriter) -> None:
-    pieces = tokenizer.pieces()
-    kinds = [_kind(piece) for piece in pieces]
-    normal = [place for place, kind in enumerate(kinds) if kind == TokenType.NORMAL]
-    scores = [0.0 if kind == TokenType.BYTE else -1000.0 for kind in kinds]
-    for rank, place in enumerate(normal):
-        scores[place] = -float(rank)
-    # Runs of spaces are looked up in the text as it is, before spaces become "▁".
-    spelled = [
-        piece.replace("▁", " ") if kind == TokenType.USER_DEFINED else piece
-        for piece, kind in zip(pieces, kinds, strict=True)
-    ]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(spelled)
-    writer.add_token_scores(scores)
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(tokenizer.BOS)
-    writer.add_eos_token_id(tokenizer.EOS)
-    writer.add_eot_token_id(tokenizer.END_OF_TURN)
-    writer.add_unk_token_id(tokenizer.UNK)
-    writer.add_pad_token_id(tokenizer.PAD)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
-
-
-def _kind(piece: str) -> TokenType:
-    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-        return TokenType.BYTE
-    if re.fullmatch("\n+|▁▁+", piece):
-        return TokenType.USER_DEFINED
-    # <pad>, <start_of_turn> and the like, and <unused7>; "<" itself is a character.
-    return TokenType.CONTROL if re.fullmatch("<[a-z_0-9]+>", piece) else TokenType.NORMAL
