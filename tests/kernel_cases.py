@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 from refimpl_kernels.compiling import row_stable_options
+from refimpl_kernels.experts import Route
 from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 
 UNIT = 2.0**-24
@@ -102,6 +103,13 @@ def parts(matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
         for leaf in (matrix.scales, matrix.minimums)
     )
     return scales * float64(matrix.values), minimums
+
+
+def dense_weights(routed: Route, num_experts: int) -> np.ndarray:
+    """A column for each expert, as the spec gives weights."""
+    dense = np.zeros((len(routed.experts), num_experts), np.float32)
+    np.put_along_axis(dense, np.asarray(routed.experts), np.asarray(routed.weights), axis=-1)
+    return dense
 
 
 class AttentionCase(NamedTuple):
