@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from refimpl_weights import synthetic
 
+from tests.checkpoint_files import bare
 from tests.oracle import float32_angles, forward, from_hugging_face
 from tests.oracle.rope import exact_angles
 from tests.tiny_models import full_pass, golden_case
@@ -24,17 +25,11 @@ def test_logits_and_every_residual(name: str, case: str) -> None:
     tokens, positions = golden.tokens[:rows, :length], golden.positions[:rows, :length]
 
     logits, trace = full_pass(name)(golden.tokens, golden.positions)
-    ours = [np.asarray(value)[:rows, :length] for value in trace.values()]
+    ours = [np.asarray(value)[..., :rows, :length, :] for value in trace.values()]
 
-    prefix = "language_model.model." if name == "gemma3_multimodal" else "model."
-    weights = {
-        key.removeprefix(prefix): value
-        for key, value in synthetic.tensors(name).items()
-        if key.startswith(prefix)
-    }
     exact = forward(
         from_hugging_face(synthetic.TINY[name]),
-        weights,
+        bare(name),
         tokens,
         np.maximum(positions, 0),
         visible=golden.is_token,
@@ -42,7 +37,7 @@ def test_logits_and_every_residual(name: str, case: str) -> None:
     )
     assert len(ours) == len(exact.residuals)
     for index, (got, wanted) in enumerate(zip(ours, exact.residuals, strict=True)):
-        difference = np.abs(got - wanted)[golden.is_token].max()
+        difference = np.abs(got - wanted)[..., golden.is_token, :].max()
         assert difference < BOUND, f"stream {index}: {difference:.1e}"
     got = np.asarray(logits)[:rows, :length]
     difference = np.abs(got - exact.logits)[golden.is_token].max()

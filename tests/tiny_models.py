@@ -17,7 +17,7 @@ from refimpl.model.checkpoint import load_model, open_checkpoint
 from refimpl.model.config import GemmaConfig
 from refimpl.model.implementations import Implementations
 from refimpl.model.numerics import FLOAT32, Numerics
-from refimpl.model.trace import Taps
+from refimpl.model.trace import Taps, in_order
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 
@@ -51,12 +51,17 @@ def full_pass(name: str) -> Callable[[np.ndarray, np.ndarray], tuple[Any, dict[s
     model = tiny_model(name)
 
     def run(parameters: Any, tokens: Any, positions: Any) -> Any:
-        taps = Taps(("embed", "layers.*.residual"))
+        taps = Taps(("streams", "layers.*.residual"))
         logits, _ = nnx.merge(model.graph, parameters)(tokens, positions, taps=taps)
         return logits, taps.values
 
     compiled = jax.jit(run)
-    return lambda tokens, positions: compiled(model.parameters, tokens, positions)
+
+    def in_turn(tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        logits, values = compiled(model.parameters, tokens, positions)
+        return logits, {stage: values[stage] for stage in in_order(values)}
+
+    return in_turn
 
 
 @cache
@@ -81,7 +86,8 @@ class GoldenCase:
     Attributes:
         tokens, positions: int32 "3 40"; padding has position -1.
         is_token: bool "b t", of the case's own shape; where False the results mean nothing.
-        logits: "b t v". residual: "l+1 b t d", the scaled embedding first.
+        logits: "b t v". residual: "l+1 b t d", the scaled embedding first; or "l+1 u b t d" of a
+            model with several streams, all of them before the first layer first.
     """
 
     tokens: np.ndarray

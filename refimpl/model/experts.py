@@ -55,7 +55,7 @@ class Experts(nnx.Module):
         scores = self._scores(rows, implementation)
         taps("router", scores.reshape(*x.shape[:-1], -1))
         routed = route(scores, chosen=self.chosen)
-        scale = self.expert_scale.get_value()[routed.experts]
+        scale = self.expert_scale.get_value()[routed.experts].astype(jnp.float32)
         mixed = mix_experts(
             self.norm_before(rows),
             routed._replace(weights=routed.weights * scale),
