@@ -26,7 +26,7 @@ Nothing here runs: the engine knows one device. A plan counts what each would ha
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -37,7 +37,6 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from refimpl.errors import InvalidRequestError
 from refimpl.model import names
-from refimpl.model.cache import KVCache
 from refimpl.model.config import GemmaConfig
 from refimpl.model.numerics import FLOAT32
 from refimpl.model.storage import Storage
@@ -129,17 +128,9 @@ def divide_parameters(
     )
 
 
-def divide_cache(cache: KVCache, mesh: AbstractMesh) -> KVCache:
-    """An abstract cache over the devices: by key/value heads, and positions on every device.
-
-    Args:
-        cache: as `jax.eval_shape` gives it.
-    """
-    return replace(
-        jax.tree.map(lambda array: divide(array, mesh, axis=None), cache),
-        keys=tuple(divide(array, mesh, axis=2) for array in cache.keys),
-        values=tuple(divide(array, mesh, axis=2) for array in cache.values),
-    )
+def divide_keys(array: Array | jax.ShapeDtypeStruct, mesh: AbstractMesh) -> jax.ShapeDtypeStruct:
+    """Cached keys or values "b s k h" by heads, as the matrices that they come from."""
+    return divide(array, mesh, axis=2)
 
 
 def divide(

@@ -5,8 +5,9 @@ without being allocated. The engine's numbers (chunk, block, rows of its state) 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh
@@ -21,7 +22,7 @@ from refimpl.model.sharding import (
     Divided,
     bytes_of_a_device,
     divide,
-    divide_cache,
+    divide_keys,
     divide_parameters,
     mesh_of,
 )
@@ -64,6 +65,22 @@ class Need:
         )
 
 
+class StateArrays(NamedTuple):
+    """The arrays of an engine's `DecodeState`, each once, by how they are divided.
+
+    Attributes:
+        keys: cached keys and values "b s k h" of the layers of each kind; by heads.
+        positions: of each kind of layer, "b s"; whole.
+        vocabulary: "b v"; by token.
+        others: some numbers of each slot; whole.
+    """
+
+    keys: dict[AttentionKind, list[Any]]
+    positions: dict[AttentionKind, Any]
+    vocabulary: list[Any]
+    others: list[Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A model on some devices.
@@ -101,29 +118,31 @@ class Plan:
         """Of each device."""
         return bytes_of_a_device([parameter.arrays for parameter in self.parameters])
 
-    def state(self, *, slots: int, context: int) -> DecodeState:
+    def state(self, *, slots: int, context: int) -> StateArrays:
         """The engine's state between two programs, divided: abstract arrays with shardings."""
-        abstract = abstract_state(self.config, self.numerics, slots=slots, context=context)
-        whole = jax.tree.map(lambda array: divide(array, self.mesh, axis=None), abstract)
-        return replace(
-            whole,
-            cache=divide_cache(abstract.cache, self.mesh),
-            counts=divide(abstract.counts, self.mesh, axis=1),
-            in_prompt=divide(abstract.in_prompt, self.mesh, axis=1),
-            bias=divide(abstract.bias, self.mesh, axis=1),
+        whole = abstract_state(self.config, self.numerics, slots=slots, context=context)
+
+        def over(axis: int | None) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+            return partial(divide, mesh=self.mesh, axis=axis)
+
+        return StateArrays(
+            keys=jax.tree.map(partial(divide_keys, mesh=self.mesh), whole.keys),
+            positions=jax.tree.map(over(None), whole.positions),
+            vocabulary=jax.tree.map(over(1), whole.vocabulary),
+            others=jax.tree.map(over(None), whole.others),
         )
 
     def need(self, *, slots: int, context: int) -> Need:
         """What each device would hold."""
         state = self.state(slots=slots, context=context)
-        held, layers = state.cache, self.config.layers
-        caches = {kind: bytes_of_a_device(held.positions[kind]) for kind in held.positions}
-        for owner, *arrays in zip(held.owners, held.keys, held.values, strict=True):
-            caches[layers[owner].kind] += bytes_of_a_device(arrays)
+        caches = {
+            kind: bytes_of_a_device((state.keys[kind], positions))
+            for kind, positions in state.positions.items()
+        }
         return Need(
             weights=self.weight_bytes,
             caches=caches,
-            rows=bytes_of_a_device(state) - sum(caches.values()),
+            rows=bytes_of_a_device((state.vocabulary, state.others)),
             prefix=self.prefix_bytes,
             working=working_memory(
                 self.config,
@@ -159,7 +178,7 @@ class Plan:
 
 def abstract_state(
     config: GemmaConfig, numerics: Numerics, *, slots: int, context: int
-) -> DecodeState:
+) -> StateArrays:
     """The shapes and types of the state that `Programs.new_state` allocates."""
 
     def of_all_slots(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -171,12 +190,19 @@ def abstract_state(
 
 
 @cache
-def _state_of_a_slot(config: GemmaConfig, numerics: Numerics, context: int) -> DecodeState:
-    def create() -> DecodeState:
+def _state_of_a_slot(config: GemmaConfig, numerics: Numerics, context: int) -> StateArrays:
+    def create() -> StateArrays:
         held = KVCache.create(
             config, batch=1, length=context, chunk=CHUNKS[-1], dtype=numerics.dtype
         )
-        return DecodeState.create(held, slots=1, num_logits=config.vocab_size)
+        state = DecodeState.create(held, slots=1, num_logits=config.vocab_size)
+        keys: dict[AttentionKind, list[Any]] = {kind: [] for kind in held.positions}
+        for owner, *arrays in zip(held.owners, held.keys, held.values, strict=True):
+            keys[config.layers[owner].kind] += arrays
+        vocabulary = [state.counts, state.in_prompt, state.bias]
+        named = {id(array) for array in jax.tree.leaves((keys, held.positions, vocabulary))}
+        others = [array for array in jax.tree.leaves(state) if id(array) not in named]
+        return StateArrays(keys, held.positions, vocabulary, others)
 
     return jax.eval_shape(create)
 

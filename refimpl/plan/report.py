@@ -100,7 +100,11 @@ class Report:
         if self.free < 0:
             lines.append(
                 f"does not fit: each device lacks {show_size(-self.free)}; "
-                + (f"try {', or '.join(self.remedies)}" if self.remedies else "nothing helps here")
+                + (
+                    f"try {', or '.join(self.remedies)}"
+                    if self.remedies
+                    else "no single option is enough: change several"
+                )
             )
         longest = self.contexts.get(1, 0)
         full = " (the model's own)" if longest == own else ""
