@@ -256,16 +256,15 @@ def test_a_connection_that_is_kept_alive_does_not_keep_the_server():
         assert server.ended_within(10)
 
 
-def test_a_reply_that_ends_its_connection_is_not_taken_for_a_client_that_left(monkeypatch):
+def test_a_reply_that_ends_its_connection_is_not_taken_for_a_client_that_left():
     with running() as server:
         wait_ready(server)
-        statuses = list[int | None]()
-        monkeypatch.setattr(server.service.metrics, "replied", statuses.append)
         with closing(server.connect()) as connection:
-            connection.request("GET", "/ready", headers={"Connection": "close"})
-            assert connection.getresponse().read() == b"ready"
-        eventually(lambda: bool(statuses))
-        assert statuses == [200]
+            connection.request("GET", "/nowhere", headers={"Connection": "close"})
+            assert connection.getresponse().status == 404
+        figures = server.service.metrics
+        eventually(lambda: figures.value("refimpl:errors_total", status="404") == 1)
+        assert figures.value("refimpl:errors_total", status="499") is None
 
 
 def test_a_websocket_is_refused_with_an_error_object():
