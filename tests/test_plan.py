@@ -25,7 +25,7 @@ from refimpl.model.sharding import (
 )
 from refimpl.model.storage import Storage
 from refimpl.model.variants import VARIANTS
-from refimpl.plan.fit import Plan, _largest
+from refimpl.plan.fit import Plan, _largest, divided_state
 from refimpl.plan.remedies import remedies
 from refimpl.plan.sizes import parse_size
 from refimpl.plan.working import working_memory
@@ -209,12 +209,14 @@ def test_a_type_that_no_file_has():
 def test_the_state_is_what_an_engine_allocates(name, numerics):
     gemma = replace(tiny_gemma(name), numerics=numerics)
     real = jax.tree.leaves(Programs(gemma=gemma, slots=3, context=300).new_state())
-    plan = plan_of("gemma-3-270m", config=gemma.config, numerics=numerics)
-    planned = jax.tree.leaves(plan.state(slots=3, context=300))
+    state = divided_state(gemma.config, numerics, mesh_of(1), slots=3, context=300)
+    planned = jax.tree.leaves(state)
     assert sorted((a.shape, a.dtype.name) for a in planned) == sorted(
         (a.shape, a.dtype.name) for a in real
     )
-    need = plan.need(slots=3, context=300)
+    need = plan_of("gemma-3-270m", config=gemma.config, numerics=numerics).need(
+        slots=3, context=300
+    )
     assert sum(need.caches.values()) + need.rows == sum(array.nbytes for array in real)
 
 

@@ -85,7 +85,7 @@ def test_the_table_says_the_same(run):
 
 
 def test_what_does_not_fit_says_what_is_missing_and_what_helps(run):
-    arguments = ("gemma3:270m", "--memory", "900MB")
+    arguments = ("gemma3:270m", "--memory", "1GB")
     plan = planned(run, *arguments)
     missing = -plan["bytes_of_each_device"]["free"]
     assert plan["fits"] is False
@@ -104,10 +104,14 @@ def test_what_does_not_fit_says_what_is_missing_and_what_helps(run):
 
 
 def test_what_devices_hold_alike_is_said(run):
-    plan = planned(run, "gemma4:31b", "--devices", "8", "--memory", "80GB")
-    assert plan["copies"] == ["attention.key of 4 heads is 4 shares, each on 2 devices (10 layers)"]
-    _, out, _ = run("--plan", "gemma4:31b", "--devices", "8", "--memory", "80GB")
-    assert f"8 devices do not divide all: {plan['copies'][0]}" in " ".join(out.split())
+    arguments = ("gemma4:e2b", "--devices", "2", "--memory", "80GB", "--slots", "1")
+    plan = planned(run, *arguments)
+    assert plan["copies"] == [
+        "attention.key of 1 head is 1 share, each on 2 devices (15 layers)",
+        "attention.value of 1 head is 1 share, each on 2 devices (15 layers)",
+    ]
+    text = " ".join(run("--plan", *arguments)[1].split())
+    assert f"2 devices do not divide all: {'; '.join(plan['copies'])}" in text
 
 
 def test_options_count(run):
@@ -136,7 +140,10 @@ def test_options_count(run):
         (("--memory", "8GB"), "--memory belongs to a plan: add --plan with a model's name"),
         (("--slots", "8", "--json"), "--slots belongs to a plan"),
         (("--markdown", "--json"), "--markdown stands alone"),
-        ((*TINY, "80"), "--memory takes a number and a unit (B, kB, KiB, MB, MiB, GB, GiB"),
+        (
+            (*TINY, "80"),
+            "--memory takes a number and a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)",
+        ),
         ((*TINY, "8GB", "--margin", "10%"), "--margin takes a number and a unit"),
         ((*TINY, "8GB", "--devices", "0"), "--devices must be a number from 1 to 1048576, got 0"),
         ((*TINY, "8GB", "--devices", "two"), "--devices"),

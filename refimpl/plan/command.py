@@ -112,7 +112,9 @@ def config_of(name: str) -> GemmaConfig:
     if path.suffix == ".gguf":
         return open_checkpoint(path).config
     folder = path if path.is_dir() else path.parent
-    return from_hugging_face(read_json(folder / "config.json"))
+    file = folder / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    return from_hugging_face(read_json(folder / "config.json"), generation=generation)
 
 
 def _existing(name: str) -> Path | None:

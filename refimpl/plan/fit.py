@@ -118,31 +118,14 @@ class Plan:
         """Of each device."""
         return bytes_of_a_device([parameter.arrays for parameter in self.parameters])
 
-    def state(self, *, slots: int, context: int) -> StateArrays:
-        """The engine's state between two programs, divided: abstract arrays with shardings."""
-        whole = abstract_state(self.config, self.numerics, slots=slots, context=context)
-
-        def over(axis: int | None) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-            return partial(divide, mesh=self.mesh, axis=axis)
-
-        return StateArrays(
-            keys=jax.tree.map(partial(divide_keys, mesh=self.mesh), whole.keys),
-            positions=jax.tree.map(over(None), whole.positions),
-            vocabulary=jax.tree.map(over(1), whole.vocabulary),
-            others=jax.tree.map(over(None), whole.others),
-        )
-
     def need(self, *, slots: int, context: int) -> Need:
         """What each device would hold."""
-        state = self.state(slots=slots, context=context)
-        caches = {
-            kind: bytes_of_a_device((state.keys[kind], positions))
-            for kind, positions in state.positions.items()
-        }
+        # Slots are the first axis of every array of the state, and never divided.
+        one = _bytes_of_a_slot(self.config, self.numerics, self.devices, _blocks(context))
         return Need(
             weights=self.weight_bytes,
-            caches=caches,
-            rows=bytes_of_a_device((state.vocabulary, state.others)),
+            caches={kind: slots * held for kind, held in one.caches.items()},
+            rows=slots * one.rows,
             prefix=self.prefix_bytes,
             working=working_memory(
                 self.config,
@@ -169,33 +152,42 @@ class Plan:
         def holds(blocks: int) -> bool:
             return self.fits(slots=slots, context=min(blocks * BLOCK, own))
 
-        return min(BLOCK * _largest(-(-own // BLOCK), holds), own)
+        return min(BLOCK * _largest(_blocks(own), holds), own)
 
     def most_slots(self, *, context: int) -> int:
         """Slots that can have so many positions each; 0: none."""
         return _largest(MOST_SLOTS, lambda slots: self.fits(slots=slots, context=context))
 
 
-def abstract_state(
-    config: GemmaConfig, numerics: Numerics, *, slots: int, context: int
-) -> StateArrays:
-    """The shapes and types of the state that `Programs.new_state` allocates."""
+class _Slot(NamedTuple):
+    """Bytes on each device of one slot's part of the state."""
 
-    def of_all_slots(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((slots, *array.shape[1:]), array.dtype)
-
-    # Most sizes of a search differ in slots alone, which are the first axis of every array.
-    one = _state_of_a_slot(config, numerics, -(-context // BLOCK) * BLOCK)
-    return jax.tree.map(of_all_slots, one)
+    caches: dict[AttentionKind, int]
+    rows: int
 
 
 @cache
-def _state_of_a_slot(config: GemmaConfig, numerics: Numerics, context: int) -> StateArrays:
+def _bytes_of_a_slot(config: GemmaConfig, numerics: Numerics, devices: int, blocks: int) -> _Slot:
+    state = divided_state(config, numerics, mesh_of(devices), slots=1, context=blocks * BLOCK)
+    return _Slot(
+        caches={
+            kind: bytes_of_a_device((state.keys[kind], positions))
+            for kind, positions in state.positions.items()
+        },
+        rows=bytes_of_a_device((state.vocabulary, state.others)),
+    )
+
+
+def divided_state(
+    config: GemmaConfig, numerics: Numerics, mesh: AbstractMesh, *, slots: int, context: int
+) -> StateArrays:
+    """The shapes and types of the state that `Programs.new_state` allocates, with shardings."""
+
     def create() -> StateArrays:
         held = KVCache.create(
-            config, batch=1, length=context, chunk=CHUNKS[-1], dtype=numerics.dtype
+            config, batch=slots, length=context, chunk=CHUNKS[-1], dtype=numerics.dtype
         )
-        state = DecodeState.create(held, slots=1, num_logits=config.vocab_size)
+        state = DecodeState.create(held, slots=slots, num_logits=config.vocab_size)
         keys: dict[AttentionKind, list[Any]] = {kind: [] for kind in held.positions}
         for owner, *arrays in zip(held.owners, held.keys, held.values, strict=True):
             keys[config.layers[owner].kind] += arrays
@@ -204,17 +196,29 @@ def _state_of_a_slot(config: GemmaConfig, numerics: Numerics, context: int) -> S
         others = [array for array in jax.tree.leaves(state) if id(array) not in named]
         return StateArrays(keys, held.positions, vocabulary, others)
 
-    return jax.eval_shape(create)
+    whole = jax.eval_shape(create)
+    everywhere = partial(divide, mesh=mesh, axis=None)
+    return StateArrays(
+        keys=jax.tree.map(partial(divide_keys, mesh=mesh), whole.keys),
+        positions=jax.tree.map(everywhere, whole.positions),
+        vocabulary=jax.tree.map(partial(divide, mesh=mesh, axis=1), whole.vocabulary),
+        others=jax.tree.map(everywhere, whole.others),
+    )
+
+
+def _blocks(context: int) -> int:
+    return -(-context // BLOCK)
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
     """The largest number of 1..most of which it holds, given that it holds of all below; else 0."""
+    if holds(most):
+        return most
     # From small numbers up, because the first that is too large is often far below `most`.
     low, high = 0, 1
     while high < most and holds(high):
-        low, high = high, min(2 * high, most)
-    if high == most and holds(most):
-        return most
+        low, high = high, 2 * high
+    high = min(high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)

@@ -72,7 +72,7 @@ class Report:
             if parameter.unit and parameter.shares < devices
         )
         return [
-            f"{label} of {count:,} {unit} is {shares} {'share' if shares == 1 else 'shares'}, "
+            f"{label} of {_counted(count, unit)} is {_counted(shares, 'shares')}, "
             f"each on {devices // shares} devices" + (f" ({n} layers)" if n > 1 else "")
             for (label, count, unit, shares), n in counted.items()
         ]
@@ -191,6 +191,10 @@ def contexts_table(report: Report) -> Table:
 
 def _plain() -> Table:
     return Table(box=None, pad_edge=False, header_style="bold")
+
+
+def _counted(count: int, things: str) -> str:
+    return f"{count:,} {things.removesuffix('s') if count == 1 else things}"
 
 
 def _group(parameter: Divided) -> str:

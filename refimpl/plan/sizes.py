@@ -4,11 +4,10 @@ import re
 
 from refimpl.errors import InvalidRequestError
 
-_UNITS = {"B": 1} | {
-    f"{letter}{form}": base**power
-    for power, letter in enumerate("kMGT", start=1)
-    for form, base in (("B", 1000), ("iB", 1024))
-}
+_UNITS = {
+    "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
+}  # fmt: skip
 _BY_SMALL_LETTERS = {name.lower(): size for name, size in _UNITS.items()}
 
 
