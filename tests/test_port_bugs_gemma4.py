@@ -8,7 +8,6 @@ use, in `test_checkpoint.py`, and row 26, runs of newlines, in `test_tokenizer_g
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,13 +24,15 @@ from refimpl.model.transformer import Transformer
 from refimpl.model.variants import VARIANTS
 from tests import oracle
 from tests.oracle.rope import exact_angles, rotate
-from tests.tiny_models import cached_pass, full_pass, golden_case, tiny_model
-from tests.tiny_variations import GLOBAL, LOCAL, traced
+from tests.tiny_models import tiny_model
+from tests.tiny_variations import GLOBAL, LOCAL, over_cache, traced
 
-DECODE = implementations_for(FLOAT32, phase="decode")
+OVER_CACHE = implementations_for(FLOAT32, phase="prefill")
 # Float32 against float64, of numbers of order one to ten.
 BOUND = 1e-5
 SHARING = ("gemma4_e2b", "gemma3n")
+# Ten windows; of ids from 480 on, Gemma 3n's table of per-layer inputs has none.
+LONG_TEXT = np.random.default_rng(0).integers(6, 508, 80, dtype=np.int32)
 NEWER = [name for name in VARIANTS if name.startswith(("gemma-3n", "gemma-4"))]
 
 
@@ -46,20 +47,18 @@ def weights(name: str) -> Mapping[str, np.ndarray]:
     }
 
 
-def exactly(name: str, tokens: np.ndarray, **changes: Any) -> np.ndarray:
-    """The oracle's logits of tokens "b t", with changes to the text model's configuration."""
-    given = dict(synthetic.TINY[name])
-    text = given.get("text_config", given)
-    config = oracle.from_hugging_face({**text, **changes})
+def exactly(name: str, tokens: np.ndarray) -> np.ndarray:
+    """The oracle's logits of tokens "b t"."""
+    config = oracle.from_hugging_face(synthetic.TINY[name])
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     return oracle.forward(config, weights(name), tokens, positions).logits
 
 
 @cache
 def trace(name: str) -> Mapping[str, np.ndarray]:
-    """All intermediates of 24 tokens, three windows, in float64."""
-    tokens = np.random.default_rng(0).integers(6, 480, (1, 24), dtype=np.int32)
-    taken = traced(tiny_model(name), "*")(tokens, np.arange(24, dtype=np.int32)[None])[1]
+    """All intermediates of a full pass over the first half of the long text, in float64."""
+    positions = np.arange(40, dtype=np.int32)[None]
+    taken = traced(tiny_model(name), "*")(LONG_TEXT[None, :40], positions)[1]
     return {key: np.asarray(value, np.float64) for key, value in taken.items()}
 
 
@@ -95,20 +94,14 @@ def turned(name: str, layer: int, x: np.ndarray) -> np.ndarray:
     return rotate(x, angles)
 
 
-def long_text(name: str) -> np.ndarray:
-    """The golden case "long", and as many tokens again."""
-    more = np.random.default_rng(1).integers(6, 480, 40, dtype=np.int32)
-    return np.concatenate([golden_case(name, "long").tokens[0], more])
-
-
 @cache
 def over_a_cache(name: str) -> np.ndarray:
     """All logits "t v" of the long text: a chunk of 16, then 64 steps of one token."""
     memory = KVCache.create(tiny_model(name).config, batch=1, length=80, chunk=16, block=8)
-    run, logits, start = cached_pass(name, DECODE), [], 0
+    run, logits, start = over_cache(tiny_model(name), OVER_CACHE), [], 0
     for count in (16, *[1] * 64):
         given, positions = np.zeros((1, 16), np.int32), np.full((1, 16), -1, np.int32)
-        given[0, :count] = long_text(name)[start : start + count]
+        given[0, :count] = LONG_TEXT[start : start + count]
         positions[0, :count] = np.arange(start, start + count)
         part, memory = run(memory, given, positions)
         logits.append(np.asarray(part)[0, :count])
@@ -121,14 +114,11 @@ def test_row_18_layers_share_keys_and_values_without_a_cache_too(name: str) -> N
     """Sharing done by reading the donor's place in a cache: a full pass, which has none, gave
     garbage, or used the sharing layers' own projections (mlx-lm #323, transformers #45242).
     """
-    golden = golden_case(name, "long")
-    full = np.asarray(full_pass(name)(golden.tokens, golden.positions)[0])[0]
-    assert_near(full, exactly(name, golden.tokens[:1])[0])
-    assert_near(full, over_a_cache(name)[:40])
+    taken, layer = trace(name), tiny_model(name).config.num_layers - 1
+    assert_near(taken["logits"], exactly(name, LONG_TEXT[None, :40]))
+    assert_near(taken["logits"][0], over_a_cache(name)[:40])
 
     # Released files have projections for these layers, which must not be read.
-    layer = tiny_model(name).config.num_layers - 1
-    taken = trace(name)
     query = taken[f"layers.{layer}.attention.query"]
     own = project(name, layer, taken[f"layers.{layer}.attention.input"], "self_attn.k_proj")
     own = own.reshape(*query.shape[:2], -1, query.shape[-1])
@@ -141,7 +131,7 @@ def test_row_19_layers_that_share_keys_use_them_as_the_donor_made_them(name: str
     """Keys taken from the donor's cache normalised or turned once more by each layer that shares
     them; short answers hide it (gemma #368 and #392).
     """
-    assert_near(over_a_cache(name), exactly(name, long_text(name)[None])[0])
+    assert_near(over_a_cache(name), exactly(name, LONG_TEXT[None])[0])
 
     taken, sharing = trace(name), 0
     for layer, spec in enumerate(tiny_model(name).config.layers):
@@ -222,7 +212,7 @@ def test_row_24_values_that_are_keys_are_taken_before_the_keys_norm_and_rotation
         assert spec.values_are_keys is (spec.kind is GLOBAL)
         tensor = "self_attn.k_proj" if spec.values_are_keys else "self_attn.v_proj"
         raw = project(name, layer, taken[at + "input"], tensor)
-        raw = raw.reshape(1, 24, spec.num_kv_heads, spec.head_width)
+        raw = raw.reshape(1, 40, spec.num_kv_heads, spec.head_width)
         assert_near(taken[at + "value"], rms(raw))
         if spec.values_are_keys:
             normed = rms(raw, weights(name)[f"layers.{layer}.self_attn.k_norm.weight"])
@@ -252,25 +242,19 @@ def test_row_25_a_quarter_of_the_pairs_turns_and_its_exponents_count_the_whole_h
     # Frequency, its reciprocal and the product round once each.
     np.testing.assert_allclose(found[..., :64], exact, rtol=3.001 * 2.0**-24)
     assert not found[..., 64:].any()
-    far = exact[:, 3:]
-    assert (
-        np.abs(found[:, 3:, :64] - POSITIONS[:, 3:, None] * 1e6 ** (-np.arange(64) / 64)).min(
-            where=np.arange(64) > 0, initial=np.inf
-        )
-        > 1
-    )
-    in_float16 = frequency.astype(np.float16).astype(np.float64)
-    assert np.abs(far - POSITIONS[:, 3:, None] * in_float16).max() > 1
+    of_a_small_head = POSITIONS[..., None] * 1e6 ** (-2 * np.arange(64) / 128)
+    in_float16 = POSITIONS[..., None] * frequency.astype(np.float16).astype(np.float64)
+    for wrong in (of_a_small_head, in_float16):
+        assert np.abs(found[..., :64] - wrong).max() > 1
 
     x = np.random.default_rng(0).standard_normal((1, 5, 2, 512), dtype=np.float32)
-    moved = np.asarray(apply_rope(jnp.asarray(x), angles[GLOBAL])) != x
-    moved = moved[0, 1:].any(axis=(0, 1))
-    assert np.flatnonzero(moved).tolist() == [*range(64), *range(256, 320)]
-    assert (
-        (np.asarray(apply_rope(jnp.asarray(x[..., :256]), angles[LOCAL])) != x[..., :256])[0, 1:]
-        .any(axis=(0, 1))
-        .all()
-    )
+    for kind, width, turning in (
+        (GLOBAL, 512, [*range(64), *range(256, 320)]),
+        (LOCAL, 256, list(range(256))),
+    ):
+        heads = x[..., :width]
+        is_moved = np.asarray(apply_rope(jnp.asarray(heads), angles[kind])) != heads
+        assert np.flatnonzero(is_moved.any(axis=(0, 1, 2))).tolist() == turning
 
 
 @pytest.mark.parametrize("name", ["gemma4_moe", "gemma4_e2b", "gemma3n"])
