@@ -2,6 +2,10 @@
 
 Compilers decide in the end. Counted are the few intermediates that grow with the vocabulary, the
 widest matrix or the context; all others are small beside them, and the margin is there for those.
+For two layers of Gemma 3 270M with 8 slots of 32,768 tokens the estimate in float32 is 176 MB, and
+XLA's own account of its largest program on a CPU is 143 MB. In bfloat16 it holds for devices that
+multiply bfloat16: a CPU widens whole matrices and the cached keys first, and needs 764 MB where
+the estimate is 453.
 """
 
 from dataclasses import dataclass
