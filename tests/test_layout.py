@@ -100,8 +100,9 @@ ROOMS = {
     ),
     # Only the command line imports it: shapes of the model and of the engine's state.
     "refimpl.plan": room(
-        ours="refimpl.engine refimpl.errors refimpl.model refimpl.plan refimpl_kernels",
-        theirs="jax rich",
+        ours="refimpl.catalogue refimpl.engine refimpl.errors refimpl.model refimpl.plan "
+        "refimpl_kernels",
+        theirs="jax rich typer",
     ),
     "refimpl.catalogue": room(ours="refimpl.model", theirs="rich"),
     "refimpl.cli": COMMAND_LINE,
