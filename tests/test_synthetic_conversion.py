@@ -57,7 +57,7 @@ def test_shapes_of_what_is_stacked():
 def test_a_quarter_of_the_pairs_of_a_global_head_turn():
     divisors = tensors("gemma4")["rope_freqs.weight"]
     assert divisors.dtype == np.float32
-    np.testing.assert_array_equal(divisors, np.float32([1.0] * 4 + [1e30] * 12))
+    np.testing.assert_array_equal(divisors, np.array([1.0] * 4 + [1e30] * 12, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,10 @@ def test_the_vocabulary_gives_the_ids_of_the_checkpoints_tokenizer(name, tmp_pat
     ):
         assert ours.encode(text, parse_special=True) == theirs.encode(text, parse_special=True)
     assert metadata["tokenizer.ggml.bos_token_id"] == synthetic_tokenizer.BOS
+    # Rows of the embedding without a piece have names, so that there are as many as rows.
+    pieces = metadata["tokenizer.ggml.tokens"]
+    rows = CONVERTIBLE[name]["text_config"]["vocab_size"]
+    assert pieces[512:] == [f"[PAD{i}]" for i in range(512, rows)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,10 @@
 Owns what the converter does to these generations, and the types that a file's tensors get. The
 weights are those of `synthetic.tensors`; names are the gguf package's, which are llama.cpp's own.
 Sources: llama.cpp `conversion/base.py`, `conversion/gemma.py`.
+
+llama.cpp loads these files of Gemma 4. Of Gemma 3n it knows by heart where sharing of keys begins,
+which layers are sparse, and how wide per-layer input and low-rank residual are, so it takes none
+that is this small.
 """
 
 from collections.abc import Iterator, Mapping
@@ -89,7 +93,9 @@ def write_gguf(
     writer.add_type("model")
     writer.add_name(f"Synthetic {name}")
     add_configuration(writer, config)
-    add_vocabulary(writer, model="llama" if name == "gemma3n" else "gemma4")
+    add_vocabulary(
+        writer, model="llama" if name == "gemma3n" else "gemma4", size=config["vocab_size"]
+    )
     writer.add_quantization_version(2)
     writer.add_file_type(FILE_TYPES[tensor_type])
     for key, array in arrays.items():

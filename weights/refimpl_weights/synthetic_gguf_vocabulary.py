@@ -10,24 +10,28 @@ from gguf import GGUFWriter, TokenType
 
 from refimpl_weights import synthetic_tokenizer as tokenizer
 
-_NO_SCORE = -1000.0
+_NO_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 
-def add_vocabulary(writer: GGUFWriter, *, model: str) -> None:
+def add_vocabulary(writer: GGUFWriter, *, model: str, size: int = tokenizer.NUM_PIECES) -> None:
     """All pieces, and which ids begin and end a text.
 
     Args:
         writer: of a file without these keys.
         model: "llama" up to Gemma 3n, or "gemma4".
+        size: rows of the embedding. Those without a piece are called "[PAD512]" and so on, as the
+            converter calls them in files of the first kind.
 
     Raises:
-        ValueError: another model.
+        ValueError: another model, or a size that it cannot have.
     """
     if model not in ("llama", "gemma4"):
         raise ValueError(f"model is {model!r}, expected 'llama' or 'gemma4'")
+    if size < tokenizer.NUM_PIECES or (model == "gemma4" and size > tokenizer.NUM_PIECES):
+        raise ValueError(f"size is {size}, expected {tokenizer.NUM_PIECES}, or more with 'llama'")
     writer.add_tokenizer_model(model)
     if model == "llama":
-        _add_scored_pieces(writer)
+        _add_scored_pieces(writer, [f"[PAD{i}]" for i in range(tokenizer.NUM_PIECES, size)])
     else:
         _add_merged_pieces(writer)
     writer.add_bos_token_id(tokenizer.BOS)
@@ -40,7 +44,7 @@ def add_vocabulary(writer: GGUFWriter, *, model: str) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _add_scored_pieces(writer: GGUFWriter) -> None:
+def _add_scored_pieces(writer: GGUFWriter, padding: list[str]) -> None:
     pieces = tokenizer.pieces()
     kinds = [_kind(piece) for piece in pieces]
     normal = [place for place, kind in enumerate(kinds) if kind == TokenType.NORMAL]
@@ -53,9 +57,9 @@ def _add_scored_pieces(writer: GGUFWriter) -> None:
         for piece, kind in zip(pieces, kinds, strict=True)
     ]
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(spelled)
-    writer.add_token_scores(scores)
-    writer.add_token_types(kinds)
+    writer.add_token_list([*spelled, *padding])
+    writer.add_token_scores([*scores, *[_PADDING_SCORE] * len(padding)])
+    writer.add_token_types([*kinds, *[TokenType.UNUSED] * len(padding)])
 
 
 def _add_merged_pieces(writer: GGUFWriter) -> None:
