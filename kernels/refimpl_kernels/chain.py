@@ -21,17 +21,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int
 
-from refimpl_kernels.compiling import traced_once
+from refimpl_kernels.compiling import LEAST_WIDTH, traced_once
 from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 
 # Inputs per loop step. The factors of so many inputs, for two rows, fit the vector registers of a
 # CPU; 64 are 5 to 10 times slower. Eight serve what is no multiple of sixteen.
 STEPS = (16, 8)
-
-# Fewest outputs that the chain takes as they are. LLVM rounds a product and its sum once, with a
-# fused multiply-add, except where a few outputs make it vectorise across rows: then it rounds
-# twice, for some numbers of rows and not for others. Seen up to 8 outputs; 16 fill any vector.
-LEAST_OUTPUTS = 16
 
 # Sums from which on a step is large enough to be worth the start of a kernel on every thread.
 MANY_SUMS = 1 << 17
@@ -57,8 +52,8 @@ def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
             f"'chain' takes {STEPS[-1]} inputs at a step, got {inputs} inputs in blocks of "
             f"{block}; use 'dot'"
         )
-    if outputs < LEAST_OUTPUTS:
-        missing = ((0, 0), (0, LEAST_OUTPUTS - outputs))
+    if outputs < LEAST_WIDTH:
+        missing = ((0, 0), (0, LEAST_WIDTH - outputs))
         padded = jax.tree.map(lambda leaf: jnp.pad(leaf, missing), matrix)
         return chain(rows, padded)[:, :outputs]
     wide = _paired(rows.astype(jnp.float32))
@@ -69,7 +64,11 @@ def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
         return _packed(_step(_unpacked(packed), wide, matrix, begin=begin, count=step))
 
     start = _packed([jnp.zeros((len(part), outputs)) for part in wide])
-    sums = _unpacked(lax.fori_loop(0, inputs // step, add, start))
+    packed = lax.fori_loop(0, inputs // step, add, start)
+    if inputs == step:
+        # The compiler puts a loop's only step among its neighbours, where it may round otherwise.
+        packed = lax.optimization_barrier(packed)
+    sums = _unpacked(packed)
     return jnp.stack(sums, axis=1).reshape(-1, outputs)[: len(rows)]
 
 

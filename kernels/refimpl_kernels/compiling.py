@@ -7,6 +7,12 @@ from typing import Any, cast
 import jax
 from jax.core import Tracer
 
+# Fewest entries of a row that an operation with products and sums takes as they are. LLVM rounds a
+# product and its sum once, with a fused multiply-add, except where it makes vectors across narrow
+# rows: then it rounds twice, for some numbers of rows and not for others. Seen with up to 8
+# entries; 16 fill any vector. Narrower rows are padded, behind a barrier that keeps the padding.
+LEAST_WIDTH = 16
+
 
 def traced_once[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`jax.jit` for an operation that programs call many times, with the operation's own type.
