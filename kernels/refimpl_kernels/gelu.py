@@ -25,6 +25,6 @@ def gelu(x: Float[Array, "*a"], *, rounding: Rounding = "float32") -> Float[Arra
     if width < LEAST_WIDTH:
         around = [(0, 0)] * (x.ndim - 1)
         wide = gelu(jnp.pad(x, [*around, (0, LEAST_WIDTH - width)]), rounding=rounding)
-        return lax.optimization_barrier(wide)[..., :width]  # pyright: ignore[reportUnknownMemberType]
+        return lax.optimization_barrier(wide)[..., :width]
     dtype = jnp.dtype(jnp.float32) if rounding == "float32" else x.dtype
     return jax.nn.gelu(x.astype(dtype), approximate=True).astype(x.dtype)
