@@ -20,8 +20,9 @@ from refimpl_weights.synthetic import TINY
 from safetensors.numpy import save_file
 
 from refimpl.errors import CheckpointError
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.config import GemmaConfig
+from refimpl.model.parameters import load_model
 from refimpl.model.transformer import Transformer
 
 Arrays = dict[str, np.ndarray]

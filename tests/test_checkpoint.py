@@ -10,9 +10,10 @@ from refimpl_weights import synthetic
 from refimpl_weights.synthetic import TINY
 from safetensors.numpy import save_file
 
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.hf_config import from_hugging_face
 from refimpl.model.names import joined_outputs, strip_prefix
+from refimpl.model.parameters import load_model
 from tests.checkpoint_files import (
     assert_same,
     bare,

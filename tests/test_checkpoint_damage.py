@@ -10,7 +10,8 @@ from refimpl_weights import synthetic_gguf
 from refimpl_weights.synthetic import TINY
 
 from refimpl.errors import CheckpointError, ConfigError
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
+from refimpl.model.parameters import load_model
 from tests.checkpoint_files import faults, refusal, small, write
 
 # What is wrong with a checkpoint.

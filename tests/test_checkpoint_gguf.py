@@ -10,8 +10,9 @@ from gguf import GGMLQuantizationType
 from refimpl_kernels.matrix import QuantizedMatrix
 from refimpl_weights import synthetic_gguf
 
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.hf_config import to_hugging_face
+from refimpl.model.parameters import load_model
 from tests.checkpoint_files import (
     Arrays,
     as_float32,

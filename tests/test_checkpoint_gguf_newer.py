@@ -11,8 +11,9 @@ from refimpl_weights import synthetic
 from refimpl_weights.synthetic_conversion import CONVERTIBLE, write_gguf
 
 from refimpl.errors import ConfigError
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.hf_config import from_hugging_face
+from refimpl.model.parameters import load_model
 from tests.checkpoint_files import (
     Arrays,
     as_float32,

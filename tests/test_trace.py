@@ -14,9 +14,10 @@ from refimpl_weights.synthetic import TINY
 
 from refimpl.errors import TraceError
 from refimpl.model import trace
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.config import GemmaConfig
 from refimpl.model.hf_config import from_hugging_face
+from refimpl.model.parameters import load_model
 from refimpl.model.trace import Taps
 from refimpl.model.transformer import Transformer
 from tests.checkpoint_files import small, write

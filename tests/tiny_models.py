@@ -13,10 +13,11 @@ from flax import nnx
 from refimpl_weights import synthetic
 
 from refimpl.model.cache import KVCache
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.config import GemmaConfig
 from refimpl.model.implementations import Implementations
 from refimpl.model.numerics import FLOAT32, Numerics
+from refimpl.model.parameters import load_model
 from refimpl.model.trace import Taps, in_order
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"

@@ -13,10 +13,11 @@ from refimpl_weights import synthetic
 from safetensors.numpy import save_file
 
 from refimpl.model.cache import KVCache
-from refimpl.model.checkpoint import load_model, open_checkpoint
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.implementations import Implementations
 from refimpl.model.layer_spec import AttentionKind
 from refimpl.model.numerics import FLOAT32, Numerics
+from refimpl.model.parameters import load_model
 from refimpl.model.trace import Taps
 from refimpl.model.transformer import Transformer
 from tests.oracle import OracleResult, forward, from_hugging_face

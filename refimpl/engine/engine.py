@@ -164,7 +164,12 @@ class Engine:
             InvalidRequestError: naming the parameter at fault.
         """
         gemma = self.gemma
-        request.check(gemma.vocab_size, self.context, eos_ids=gemma.eos_ids)
+        request.check(
+            gemma.vocab_size,
+            self.context,
+            eos_ids=gemma.eos_ids,
+            suppressed_ids=gemma.suppressed_ids,
+        )
         most = MAX_STOP_IDS - len(gemma.eos_ids)
         if len(request.params.stop_token_ids) > most:
             raise InvalidRequestError(

@@ -6,7 +6,7 @@ nor how a reply is spelt.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from refimpl.engine.request import Request
@@ -28,6 +28,21 @@ class TokenLogprob:
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The request has got its first slot: told once, together with the first that comes of it.
+
+    A request that ends while it waits, and one for which nothing is to be computed, get none.
+
+    Attributes:
+        at: when that was, in seconds of `time.monotonic`.
+        cached_tokens: of the prompt, whose keys and values came out of the prefix cache.
+    """
+
+    at: float
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,7 @@ class Finished:
     mean_logprob: float | None
 
 
-type Event = PromptScored | Delta | Finished
+type Event = Admitted | PromptScored | Delta | Finished
 
 
 @dataclass(frozen=True)
@@ -113,12 +128,20 @@ class Completion:
         prompt_tokens: length of the prompt.
         completion_tokens: generated for all candidates, those not chosen included.
         prompt_logprobs: one for each prompt token, None for the first; None if not asked for.
+        admitted: when the request got its first slot; None if it had none. It depends on what else
+            runs, and all else does not, so that equality and `repr` leave it out.
     """
 
     choices: tuple[Choice, ...]
     prompt_tokens: int
     completion_tokens: int
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
+    admitted: Admitted | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that came out of the prefix cache."""
+        return 0 if self.admitted is None else self.admitted.cached_tokens
 
 
 def collect(request: Request, events: Iterable[Event]) -> Completion:
@@ -131,11 +154,13 @@ def collect(request: Request, events: Iterable[Event]) -> Completion:
         request: what was asked.
         events: all of them, of any number of choices mixed.
     """
-    params, prompt_logprobs = request.params, None
+    params, prompt_logprobs, admitted = request.params, None, None
     deltas: list[list[Delta]] = [[] for _ in range(params.num_candidates)]
     ends: dict[int, Finished] = {}
     for event in events:
         match event:
+            case Admitted():
+                admitted = event
             case PromptScored(entries):
                 prompt_logprobs = entries
             case Delta():
@@ -154,6 +179,7 @@ def collect(request: Request, events: Iterable[Event]) -> Completion:
         prompt_tokens=len(request.prompt_ids),
         completion_tokens=sum(end.num_tokens for end in ends.values()),
         prompt_logprobs=prompt_logprobs,
+        admitted=admitted,
     )
 
 

@@ -147,12 +147,19 @@ class SamplingParams:
         """How many texts are generated."""
         return self.n if self.best_of is None else self.best_of
 
-    def check_vocabulary(self, vocab_size: int, *, eos_ids: Collection[int] = ()) -> None:
+    def check_vocabulary(
+        self,
+        vocab_size: int,
+        *,
+        eos_ids: Collection[int] = (),
+        suppressed_ids: Collection[int] = (),
+    ) -> None:
         """Hold the ids against a vocabulary, and see that there is always a token to draw.
 
         Args:
             vocab_size: ids are below it.
             eos_ids: the model's own ends of text.
+            suppressed_ids: what the model never draws.
 
         Raises:
             InvalidRequestError: naming the parameter.
@@ -165,7 +172,7 @@ class SamplingParams:
         }
         for name, ids in named.items():
             _check_ids(name, ids, vocab_size)
-        barred = {*self.banned_token_ids}
+        barred = {*self.banned_token_ids, *suppressed_ids}
         if self.min_tokens > 0:
             barred |= {*self.stop_token_ids, *(() if self.ignore_eos else eos_ids)}
         if self.allowed_token_ids is None:
@@ -240,7 +247,14 @@ class Request:
             deadline = _number("deadline", self.deadline, _DEADLINE)
             object.__setattr__(self, "deadline", deadline)
 
-    def check(self, vocab_size: int, context_length: int, *, eos_ids: Collection[int] = ()) -> None:
+    def check(
+        self,
+        vocab_size: int,
+        context_length: int,
+        *,
+        eos_ids: Collection[int] = (),
+        suppressed_ids: Collection[int] = (),
+    ) -> None:
         """Hold the request against a model.
 
         Args:
@@ -248,12 +262,13 @@ class Request:
             context_length: most tokens of prompt and output together that the engine takes; the
                 model may take more.
             eos_ids: the model's own ends of text.
+            suppressed_ids: what the model never draws.
 
         Raises:
             InvalidRequestError: naming the parameter.
         """
         _check_ids("prompt", self.prompt_ids, vocab_size)
-        self.params.check_vocabulary(vocab_size, eos_ids=eos_ids)
+        self.params.check_vocabulary(vocab_size, eos_ids=eos_ids, suppressed_ids=suppressed_ids)
         num_prompt, max_tokens = len(self.prompt_ids), self.params.max_tokens
         if num_prompt + max_tokens > context_length:
             raise InvalidRequestError(

@@ -5,10 +5,19 @@ rows of a step; what goes out does not depend on when they came.
 """
 
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refimpl.engine.events import Delta, Event, Finished, FinishReason, PromptScored, TokenLogprob
+from refimpl.engine.events import (
+    Admitted,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    PromptScored,
+    TokenLogprob,
+)
 from refimpl.engine.packing import StepRow
 from refimpl.engine.request import Request
 from refimpl.engine.text import StopStrings, TextAssembler
@@ -52,6 +61,8 @@ class Session:
         }
         self._scored: list[TokenLogprob | None] = [None]
         self._is_scored = False
+        # Sent with the next events, so that it wakes nobody by itself.
+        self._unsent = list[Event]()
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -64,13 +75,21 @@ class Session:
         wanted = self.request.prompt_logprobs is not None
         return wanted and not self._is_scored
 
+    def admit(self, *, cached_tokens: int) -> None:
+        """It has a slot now, its first one.
+
+        Args:
+            cached_tokens: of the prompt, that came out of the prefix cache.
+        """
+        self._unsent.append(Admitted(time.monotonic(), cached_tokens))
+
     def scored(self, rows: Sequence[tuple[float, tuple[tuple[int, float], ...]]]) -> list[Event]:
         """Take the next prompt tokens' log-probabilities; gives the event once all are there."""
         ids, count = self.request.prompt_ids, self.request.prompt_logprobs
         for logprob, top in rows:
             self._scored.append(TokenLogprob(ids[len(self._scored)], logprob, top[:count]))
         self._is_scored = len(self._scored) == len(ids)
-        return [PromptScored(tuple(self._scored))] if self._is_scored else []
+        return self._with_unsent([PromptScored(tuple(self._scored))]) if self._is_scored else []
 
     def push(self, choice: int, row: StepRow) -> tuple[list[Event], bool]:
         """Take a step of a choice; gives its events, and whether the choice goes on."""
@@ -91,7 +110,7 @@ class Session:
         logprobs = ()
         if params.logprobs is not None:
             logprobs = (TokenLogprob(row.token, row.logprob, row.top[: params.logprobs]),)
-        events: list[Event] = [Delta(choice, text, (row.token,), logprobs)]
+        events = self._with_unsent([Delta(choice, text, (row.token,), logprobs)])
         if goes_on:
             return events, True
         cause = ended_by if stop is None else stop
@@ -101,7 +120,11 @@ class Session:
         """End a choice from outside; the text held back comes out."""
         text, stop = self._candidates[choice].text.flush()
         events: list[Event] = [Delta(choice, text, (), ())] if text else []
-        return [*events, self._finish(choice, reason, stop)]
+        return self._with_unsent([*events, self._finish(choice, reason, stop)])
+
+    def _with_unsent(self, events: list[Event]) -> list[Event]:
+        unsent, self._unsent = self._unsent, []
+        return unsent + events
 
     def _finish(self, choice: int, reason: FinishReason, stop: str | int | None) -> Finished:
         candidate = self._candidates.pop(choice)

@@ -157,6 +157,9 @@ class Steps:
             )
 
         processed = lax.cond(jnp.any(is_changed), changed, lambda: logits)
+        if self.gemma.suppressed_ids:
+            never = jnp.asarray(self.gemma.suppressed_ids, jnp.int32)
+            processed = processed.at[:, never].set(-jnp.inf)
         return draw(processed, sampling, position, vocab_size=self.gemma.vocab_size)
 
     def _logprobs(

@@ -5,6 +5,7 @@ one action; it runs on the engine's thread.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import jax
@@ -32,7 +33,13 @@ Emit = Callable[[int, list[Event]], None]
 
 
 class Worker:
-    """Runs requests over one state. What comes of them goes to `emit`, by the request's key."""
+    """Runs requests over one state. What comes of them goes to `emit`, by the request's key.
+
+    Attributes:
+        prefix: blocks of prompts that were computed.
+        scheduler: says what to do next.
+        step_tokens: how many steps, of prefill or decode, computed so many tokens.
+    """
 
     def __init__(self, programs: Programs, *, prefix_bytes: int, emit: Emit) -> None:
         """Begin without a state; `start` makes one.
@@ -50,6 +57,7 @@ class Worker:
         # Where the prompts are that are being prefilled.
         self._sources = dict[int, int]()
         self._state: DecodeState | None = None
+        self.step_tokens = Counter[int]()
         self.prefix = PrefixCache[Block](budget_bytes=prefix_bytes, salt="", block=BLOCK)
         self.scheduler = Scheduler(
             slots=programs.slots,
@@ -140,6 +148,8 @@ class Worker:
         if bias is not None:
             self._run(self._programs.bias, np.array([slot], np.int32), *bias)
         self._sources[action.key] = slot
+        # Choices that found no slot then are admitted later.
+        is_first = action.key not in self._keys
         keys = self.prefix.keys(request.prompt_ids[:-1])
         self._keys[action.key] = keys
         # What scores a prompt needs every position computed.
@@ -147,7 +157,10 @@ class Worker:
         for number, block in enumerate(blocks):
             place = np.array([slot, number * BLOCK], np.int32)
             self._run(self._programs.load, place, block)
-        self.scheduler.begin(action.key, start=len(blocks) * BLOCK)
+        start = len(blocks) * BLOCK
+        if is_first:
+            session.admit(cached_tokens=start)
+        self.scheduler.begin(action.key, start=start)
 
     def _prefill(self, action: Prefill) -> None:
         assert isinstance(action.chunk, Chunk)
@@ -160,6 +173,7 @@ class Worker:
         self._state, stream = self._programs.prefill(
             self._parameters, self._state, jax.device_put(packed)
         )
+        self.step_tokens[chunk.count] += 1
         self._save(action, chunk)
         if session.awaits_score:
             self._score(action.key, session, chunk, stream)
@@ -221,11 +235,15 @@ class Worker:
             self._parameters, self._state, jax.device_put(packed)
         )
         fetched = jax.device_get(rows)[: action.steps]
-        for place, slot in enumerate(action.slots):
+        taken = [
             self._take(slot, [unpack_step(row) for row in fetched[:, place]])
+            for place, slot in enumerate(action.slots)
+        ]
+        for step in range(max(taken)):
+            self.step_tokens[sum(count > step for count in taken)] += 1
 
-    def _take(self, slot: int, rows: list[StepRow]) -> None:
-        """What the steps gave one slot."""
+    def _take(self, slot: int, rows: list[StepRow]) -> int:
+        """What the steps gave one slot; says how many of them were for it, until its end."""
         key, choice = self._owners[slot]
         session, events = self._sessions[key], list[Event]()
         for row in rows:

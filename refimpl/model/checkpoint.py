@@ -1,21 +1,16 @@
-"""A checkpoint on disk to a model in memory.
+"""An open checkpoint: which architecture it holds, and where its tensors are.
 
-Our tree of parameters is walked and the file's tensors are looked up, each exactly once. Whatever
-is missing, left over, of another shape or not finite is collected, and one error lists it all; a
-model is never returned in part. Tensors are read one at a time and keep the file's precision.
+Headers and configurations are read here, of GGUF files and of Hugging Face folders; of the weights
+nothing but what the architecture depends on. `parameters.py` reads the rest.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import Array
-from refimpl_kernels.matrix import QuantizedMatrix
 from refimpl_weights.errors import WeightsError
 from refimpl_weights.gguf import GGUFFile
 from refimpl_weights.quantized import QuantizedArray
@@ -25,22 +20,14 @@ from refimpl_weights.source import TensorSource
 from refimpl.errors import CheckpointError
 from refimpl.model import names
 from refimpl.model.config import GemmaConfig
-from refimpl.model.device import to_device
 from refimpl.model.gguf_config import from_gguf
 from refimpl.model.hf_config import from_hugging_face
-from refimpl.model.numerics import FLOAT32, Numerics
-from refimpl.model.transformer import Transformer
-
-Progress = Callable[[int, int], None]
 
 _WHAT_A_CHECKPOINT_IS = (
     "a checkpoint is a .gguf file, or a folder with config.json and safetensors files"
 )
 # What a GGUF file of Gemma 4 says about the rotary embedding of its global layers.
 _ROPE_DIVISORS = "rope_freqs.weight"
-# What the kernels widen without loss. A tensor of integers belongs to a quantization that we do not
-# know, and a float64 would lose bits.
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,7 @@ class Checkpoint:
         available: the text decoder's tensors: our table's name, and the file's.
         ignored: tensors of other modalities, which a text decoder has no use for.
         sources: where each parameter comes from.
+        suppressed_ids: ids that the checkpoint wants never drawn.
     """
 
     path: Path
@@ -62,6 +50,7 @@ class Checkpoint:
     available: Mapping[str, str]
     ignored: tuple[str, ...]
     sources: Mapping[names.Path, names.Sources]
+    suppressed_ids: tuple[int, ...] = ()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -88,31 +77,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"cannot open {path}: {error}; {_WHAT_A_CHECKPOINT_IS}") from error
 
 
-def load_model(
-    checkpoint: Checkpoint, numerics: Numerics = FLOAT32, *, progress: Progress | None = None
-) -> Transformer:
-    """The model with the checkpoint's weights, matrices in the precision of the file.
-
-    Args:
-        numerics: where the forward pass rounds.
-        progress: called with parameters read so far and in all.
-
-    Raises:
-        CheckpointError: listing every tensor that is missing, unused, mis-shaped, mistyped,
-            unreadable or not finite.
-    """
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Transformer(checkpoint.config, numerics, rngs=nnx.Rngs(0)))
-    )
-    wanted = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
-    plan, faults = _plan(checkpoint, wanted)
-    arrays, more_faults = _read_all(
-        checkpoint, plan, wanted, progress or _no_progress, keep=not faults
-    )
-    _raise_if(faults + more_faults, checkpoint)
-    return nnx.merge(graph, nnx.traversals.unflatten_mapping(arrays))
-
-
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     stored = set(file.names())
@@ -133,7 +97,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     if config.family == "gemma4_text":
         # Read, as part of the architecture. In a file of another one nothing reads it.
         del available[_ROPE_DIVISORS]
-    return _checkpoint(path, config, file, available, (), names.gguf_sources(config))
+    checkpoint = _checkpoint(path, config, file, available, (), names.gguf_sources(config))
+    return _with_suppressed(checkpoint, file.metadata, "tokenizer.ggml.suppress_tokens")
 
 
 def _rope_divisors(file: GGUFFile) -> list[float] | None:
@@ -159,7 +124,8 @@ def _open_hugging_face(path: Path) -> Checkpoint:
         tied = _is_alias(source, head, table)
         architecture = replace(architecture, has_tied_head=tied)
     sources = names.hugging_face_sources(architecture)
-    return _checkpoint(path, architecture, source, available, ignored, sources)
+    checkpoint = _checkpoint(path, architecture, source, available, ignored, sources)
+    return _with_suppressed(checkpoint, generation, "suppress_tokens")
 
 
 def _checkpoint(
@@ -174,6 +140,17 @@ def _checkpoint(
         # What is left under these names is an alias of the embedding.
         available = {k: v for k, v in available.items() if k not in names.HEADS}
     return Checkpoint(path, config, source, available, ignored, sources)
+
+
+def _with_suppressed(checkpoint: Checkpoint, place: Mapping[str, Any], key: str) -> Checkpoint:
+    """The checkpoint with the ids under this key, which a file need not have."""
+    ids = [] if place.get(key) is None else place[key]
+    v = checkpoint.config.vocab_size
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < v for i in ids):
+        raise CheckpointError(
+            f"{checkpoint.path}: {key} must be a list of ids in 0..{v - 1}, got {ids!r:.80}"
+        )
+    return replace(checkpoint, suppressed_ids=tuple(ids))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -220,107 +197,3 @@ def _parts(array: np.ndarray | QuantizedArray) -> tuple[Any, ...]:
     if isinstance(array, QuantizedArray):
         return array.values, array.scales, array.minimums
     return (array,)
-
-
-def _plan(
-    checkpoint: Checkpoint, wanted: Mapping[names.Path, tuple[int, ...]]
-) -> tuple[dict[names.Path, tuple[str, ...]], list[str]]:
-    """The file's tensors for each of our parameters, and all that does not fit."""
-    faults: list[str] = []
-    plan: dict[names.Path, tuple[str, ...]] = {}
-    used: set[str] = set()
-    for path, shape in wanted.items():
-        alternatives = checkpoint.sources[path].alternatives
-        chosen = next(
-            (found for found in alternatives if all(n in checkpoint.available for n in found)),
-            alternatives[0],
-        )
-        used.update(chosen)
-        missing = [name for name in chosen if name not in checkpoint.available]
-        faults += [f"missing: {name}" for name in missing]
-        if not missing:
-            plan[path] = tuple(checkpoint.available[name] for name in chosen)
-            faults += _shape_faults(checkpoint, path, plan[path], shape)
-    used |= names.unread(checkpoint.config)
-    faults += [f"unused: {full}" for name, full in checkpoint.available.items() if name not in used]
-    return plan, faults
-
-
-def _shape_faults(
-    checkpoint: Checkpoint, path: names.Path, tensors: tuple[str, ...], wanted: tuple[int, ...]
-) -> list[str]:
-    """What is wrong with the shapes, given that joined and transposed they must be `wanted`."""
-    shapes = [checkpoint.source.shape(name) for name in tensors]
-    if len(wanted) == 1:
-        expected = [wanted]
-    else:
-        # One by one: a query too narrow and a key too wide would add up to the right sum.
-        single = len(tensors) == 1
-        joined = wanted[1:] if single else names.joined_outputs(checkpoint.config, path)
-        expected = [(outputs, wanted[0]) for outputs in joined]
-        height = names.stack_height(checkpoint.config, path)
-        expected = [
-            (height, outputs // height, inputs) if len(shape) == 3 else (outputs, inputs)
-            for shape, (outputs, inputs) in zip(shapes, expected, strict=True)
-        ]
-    return [
-        f"mis-shaped: {name} is {got}, expected {shape}"
-        for name, got, shape in zip(tensors, shapes, expected, strict=True)
-        if got != shape
-    ]
-
-
-def _read_all(
-    checkpoint: Checkpoint,
-    plan: Mapping[names.Path, tuple[str, ...]],
-    wanted: Mapping[names.Path, tuple[int, ...]],
-    progress: Progress,
-    *,
-    keep: bool,
-) -> tuple[dict[names.Path, Array | QuantizedMatrix], list[str]]:
-    """Every parameter, and what is wrong with the tensors' content.
-
-    From the first fault on, or from the start unless `keep`, tensors are only looked through.
-    """
-    total = sum(int(np.prod(shape)) for shape in wanted.values())
-    done, faults = 0, []
-    arrays: dict[names.Path, Array | QuantizedMatrix] = {}
-    for path, tensors in plan.items():
-        read: list[np.ndarray | QuantizedArray] = []
-        for name in tensors:
-            try:
-                read.append(checkpoint.source.read(name))
-            except WeightsError as error:
-                faults.append(f"unreadable: {error}")
-            else:
-                faults += _content_faults(name, read[-1])
-        if keep and not faults:
-            arrays[path] = to_device(read)
-        done += int(np.prod(wanted[path]))
-        progress(done, total)
-    return arrays, faults
-
-
-def _content_faults(name: str, array: np.ndarray | QuantizedArray) -> list[str]:
-    if isinstance(array, QuantizedArray):
-        floats = [part for part in (array.scales, array.minimums) if part is not None]
-    elif array.dtype in _FLOATS:
-        floats = [array]
-    else:
-        expected = ", ".join(dtype.name for dtype in _FLOATS)
-        return [f"mistyped: {name} is {array.dtype.name}, expected one of {expected}"]
-    return [] if all(bool(np.isfinite(part).all()) for part in floats) else [f"not finite: {name}"]
-
-
-def _raise_if(faults: list[str], checkpoint: Checkpoint) -> None:
-    if not faults:
-        return
-    listed = "\n  ".join(faults)
-    raise CheckpointError(
-        f"{checkpoint.path} does not hold the {checkpoint.config.family} model that its "
-        f"configuration describes; {len(faults)} faults:\n  {listed}"
-    )
-
-
-def _no_progress(done: int, total: int) -> None:
-    del done, total

@@ -10,9 +10,10 @@ from flax import nnx
 from refimpl_weights.gguf import GGUFFile
 
 from refimpl.errors import CheckpointError
-from refimpl.model.checkpoint import Checkpoint, load_model, open_checkpoint, read_json
+from refimpl.model.checkpoint import Checkpoint, open_checkpoint, read_json
 from refimpl.model.config import GemmaConfig
 from refimpl.model.numerics import FLOAT32, Numerics
+from refimpl.model.parameters import load_model
 from refimpl.model.tokenizer import Tokenizer
 from refimpl.model.transformer import Transformer
 
@@ -32,6 +33,8 @@ class Gemma:
         parameters: the arrays, a tree that `jax.jit` takes as it is.
         tokenizer: text to ids and back.
         eos_ids: every id that ends a text, as checkpoint and tokenizer name them.
+        suppressed_ids: ids that are never drawn, as the checkpoint names them: the pieces for
+            images and sound of a model that reads them and does not write them.
     """
 
     path: Path
@@ -41,6 +44,7 @@ class Gemma:
     parameters: Mapping[str, Any]
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -85,6 +89,7 @@ def load_checkpoint(
         parameters=nnx.to_pure_dict(state),
         tokenizer=tokenizer,
         eos_ids=tuple(dict.fromkeys((*checkpoint.config.eos_ids, *tokenizer.eos_ids))),
+        suppressed_ids=checkpoint.suppressed_ids,
     )
 
 
@@ -98,4 +103,7 @@ def _tokenizer(checkpoint: Checkpoint, cache_dir: Path | None) -> Tokenizer:
             f"there is no tokenizer.json in {folder}; fetch it from where the weights come from"
         )
     config = read_json(config_file) if config_file.is_file() else {}
+    if (folder / "chat_template.jinja").is_file():
+        # Where newer folders keep the template, whose being there says that the model chats.
+        config = {"chat_template": "", **config}
     return Tokenizer.from_file(file, tokenizer_config=config, eos_ids=checkpoint.config.eos_ids)
