@@ -246,13 +246,15 @@ class Worker:
         """What the steps gave one slot; says how many of them were for it, until its end."""
         key, choice = self._owners[slot]
         session, events = self._sessions[key], list[Event]()
-        for row in rows:
+        taken = len(rows)
+        for number, row in enumerate(rows, 1):
             if not row.is_finite:
                 # It may come from a block of the prompt, and would be handed on with it.
                 self.prefix.discard(self._keys[key])
             new, goes_on = session.push(choice, row)
             events += new
             if not goes_on:
+                taken = number
                 del self._owners[slot]
                 self.scheduler.finish(slot)
                 # A later step of the call may have broken down when the text had ended already.
@@ -261,6 +263,7 @@ class Worker:
                 break
         self._forget_if_ended(key)
         self._emit(key, events)
+        return taken
 
     def _end_all(self, key: int, reason: FinishReason) -> list[Event]:
         session = self._sessions[key]

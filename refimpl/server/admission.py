@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 
 from refimpl.server.limits import Place
-from refimpl.server.metrics import Metrics
+from refimpl.server.metrics import Metrics, Moments
 from refimpl.server.rates import Expense
 from refimpl.server.trail import Trail
 
@@ -33,7 +33,10 @@ class Ticket:
         self._place, self._expense = place, expense
         self._metrics, self._trail = metrics, trail
         self.deadline = deadline
-        self._is_started = self._is_finished = False
+        self._is_finished = False
+        # When it went to the engine, and got its first slot.
+        self._sent: float | None = None
+        self._admitted: float | None = None
         # Of each choice, when its last token came.
         self._last = dict[int, float]()
 
@@ -66,7 +69,15 @@ class Ticket:
         self._place.expect(most)
         self._trail.prompt_tokens, self._trail.user = prompt_tokens, user
         self._metrics.started(prompt_tokens=prompt_tokens, n=n, max_tokens=max_tokens)
-        self._is_started = True
+        self._sent = time.monotonic()
+
+    def admitted(self, at: float) -> None:
+        """One of its prompts has got its first slot.
+
+        Args:
+            at: when, in seconds of `time.monotonic`.
+        """
+        self._admitted = at if self._admitted is None else min(at, self._admitted)
 
     def tokens(self, count: int, *, choice: int = 0) -> None:
         """So many tokens of one choice have come.
@@ -93,15 +104,18 @@ class Ticket:
         Args:
             reasons: the finish_reason of each choice in the reply.
         """
+        assert self._sent is not None, "start comes first"
         now, trail = time.monotonic(), self._trail
         first = now if trail.first_token is None else trail.first_token
-        last = max(self._last.values(), default=first)
-        self._metrics.finished(
-            reasons,
-            tokens=trail.completion_tokens,
-            seconds=now - trail.began,
-            decode_seconds=last - first,
+        moments = Moments(
+            came=trail.began,
+            sent=self._sent,
+            admitted=self._admitted,
+            first_token=first,
+            last_token=max(self._last.values(), default=first),
+            ended=now,
         )
+        self._metrics.finished(reasons, tokens=trail.completion_tokens, moments=moments)
         self._is_finished = True
 
     def broke_off(self, status: int) -> None:
@@ -110,5 +124,5 @@ class Ticket:
 
     def left(self) -> None:
         """The client has gone, which matters only if there was more to come."""
-        if self._is_started and not self._is_finished:
+        if self._sent is not None and not self._is_finished:
             self._metrics.cancelled()

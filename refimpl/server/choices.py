@@ -14,7 +14,6 @@ from refimpl.engine.events import (
     Choice,
     Completion,
     Delta,
-    Event,
     Finished,
     FinishReason,
     PromptScored,
@@ -98,7 +97,7 @@ class PromptWriter:
         self._is_open = False
         self._choices = dict[int, _Open]()
 
-    def take(self, event: Event) -> Iterator[Piece]:
+    def take(self, event: PromptScored | Delta | Finished) -> Iterator[Piece]:
         """The pieces that an event leads to.
 
         Raises:

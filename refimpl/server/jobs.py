@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 
 from refimpl.engine.engine import Engine
-from refimpl.engine.events import Delta, Event, Finished, PromptScored, collect
+from refimpl.engine.events import Admitted, Delta, Event, Finished, PromptScored, collect
 from refimpl.engine.request import Request, SamplingParams
 from refimpl.server.admission import Ticket
 from refimpl.server.choices import Piece, PromptWriter
@@ -23,8 +23,8 @@ from refimpl.server.reply import Head, Usage, usage
 from refimpl.server.sampling import sampling_params
 from refimpl.server.settings import ServerSettings
 
-# What comes of one prompt: the engine's events, or all at once where a gap was filled.
-type Coming = Event | Infilled
+# What comes of one prompt for its choices: from the engine, or at once where a gap was filled.
+type Coming = PromptScored | Delta | Finished | Infilled
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Job:
         request: what was asked.
         head: of the reply.
         prompt_tokens: of all prompts, each once, suffixes included.
+        cached_tokens: of them, that came out of the prefix cache; known with the first that comes
+            of a prompt.
     """
 
     def __init__(
@@ -106,12 +108,14 @@ class Job:
             for number, task in enumerate(self._tasks)
         ]
         self.prompt_tokens = sum(len(task.request.prompt_ids) for task in self._tasks)
+        self.cached_tokens = 0
 
     def usage(self) -> Usage:
         """What the job has taken so far."""
         return usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=sum(writer.completion_tokens for writer in self._writers),
+            cached_tokens=self.cached_tokens,
         )
 
     def broke_off(self, problem: Problem) -> None:
@@ -154,14 +158,20 @@ class Job:
         return pieces
 
     async def _coming(self) -> AsyncGenerator[list[tuple[int, Coming]], None]:
-        """Everything that comes of all prompts; the ticket learns of the tokens."""
+        """Everything that comes of all prompts; the ticket learns of slots and tokens."""
         async with contextlib.aclosing(
             merge([self._events(task) for task in self._tasks])
         ) as batches:
             async for batch in batches:
+                came = list[tuple[int, Coming]]()
                 for number, event in batch:
-                    self._count(number, event)
-                yield batch
+                    if isinstance(event, Admitted):
+                        self._admitted(event)
+                    else:
+                        self._count(number, event)
+                        came.append((number, event))
+                if came:
+                    yield came
 
     def _task(self, prompt: Prompt, params: SamplingParams) -> Task:
         asked = self.request
@@ -187,7 +197,7 @@ class Job:
         scoring = replace(request, params=SamplingParams(max_tokens=0))
         return Task(prompt, replace(form, prompt_logprobs=None), scoring=scoring)
 
-    async def _events(self, task: Task) -> AsyncGenerator[Coming, None]:
+    async def _events(self, task: Task) -> AsyncGenerator[Event | Infilled, None]:
         if task.suffix:
             yield await infill(self._engine, task.request, suffix=task.suffix, limits=self._limits)
             return
@@ -195,7 +205,7 @@ class Job:
             async with contextlib.aclosing(self._engine.generate(task.scoring)) as events:
                 async for event in events:
                     is_broken = isinstance(event, Finished) and event.reason != "length"
-                    if is_broken or isinstance(event, PromptScored):
+                    if is_broken or isinstance(event, Admitted | PromptScored):
                         yield event
         async with contextlib.aclosing(self._engine.generate(task.request)) as events:
             async for event in events:
@@ -206,8 +216,14 @@ class Job:
             return self._writers[number].take_whole(event.completion)
         return self._writers[number].take(event)
 
+    def _admitted(self, admitted: Admitted) -> None:
+        self.cached_tokens += admitted.cached_tokens
+        self._ticket.admitted(admitted.at)
+
     def _count(self, number: int, event: Coming) -> None:
         if isinstance(event, Infilled):
+            if event.completion.admitted is not None:
+                self._admitted(event.completion.admitted)
             self.prompt_tokens += event.suffix_tokens
             self._ticket.tokens(max(event.completion.completion_tokens, 1), choice=number)
         elif isinstance(event, Delta) and event.token_ids:

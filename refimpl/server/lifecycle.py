@@ -200,6 +200,8 @@ class Service:
             prefix_tokens_found=prefix.hits * loaded.block,
             prefix_bytes=prefix.stored_bytes,
             compilations=loaded.num_compilations(),
+            # A copy: steps go on.
+            step_tokens=dict(worker.step_tokens),
         )
 
     def drain(self) -> None:

@@ -1,15 +1,23 @@
 """What Prometheus is told. Names are vLLM's where it has them, so that its dashboards work.
 
 Counters and histograms are filled in as requests go; what the engine knows is read when asked for.
-`vllm:` times start when a request has come and end at tokens, as a client sees them.
+`vllm:` times start when a request has come and end at tokens, as a client sees them; between the
+two, it waits for a slot and its prompt is computed.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABEL = "model_name"
@@ -26,6 +34,7 @@ _WHOLE_REQUEST = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _CHOICES = (1, 2, 5, 10, 20, 50, 100)
 
 
@@ -42,6 +51,7 @@ class EngineStatistics:
         prefix_tokens_found: of them.
         prefix_bytes: that the cache holds.
         compilations: programs compiled in this process.
+        step_tokens: how many steps of the engine computed so many tokens.
     """
 
     running: int
@@ -52,6 +62,28 @@ class EngineStatistics:
     prefix_tokens_found: int
     prefix_bytes: int
     compilations: int
+    step_tokens: Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """When a completion came to what, in seconds of `time.monotonic`.
+
+    Attributes:
+        came: its request.
+        sent: to the engine.
+        admitted: to a slot, the first one; None if nothing was to be computed.
+        first_token: had come; of a completion without tokens, its end.
+        last_token: as `first_token`.
+        ended: all of it.
+    """
+
+    came: float
+    sent: float
+    admitted: float | None
+    first_token: float
+    last_token: float
+    ended: float
 
 
 class Metrics:
@@ -96,9 +128,24 @@ class Metrics:
         self._whole_request = self._histogram(
             "vllm:e2e_request_latency_seconds", "From coming to the last token.", _WHOLE_REQUEST
         )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds",
+            "From going to the engine to the first slot.",
+            _WHOLE_REQUEST,
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds",
+            "From the first slot to the first token.",
+            _WHOLE_REQUEST,
+        )
         self._decode = self._histogram(
             "vllm:request_decode_time_seconds",
             "From the first token to the last.",
+            _WHOLE_REQUEST,
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds",
+            "From the first slot to the last token.",
             _WHOLE_REQUEST,
         )
         self._request_prompt_tokens = self._histogram(
@@ -143,22 +190,23 @@ class Metrics:
             for _ in range(count):
                 self._between_tokens.observe(seconds_since_last / count)
 
-    def finished(
-        self, reasons: Iterable[str], *, tokens: int, seconds: float, decode_seconds: float
-    ) -> None:
+    def finished(self, reasons: Iterable[str], *, tokens: int, moments: Moments) -> None:
         """A completion has ended as it should.
 
         Args:
             reasons: why each choice ended.
             tokens: generated for it.
-            seconds: from coming to its last token.
-            decode_seconds: from its first token to its last.
+            moments: when it came to what.
         """
         for reason in reasons:
             self._success.labels(self._model_name, reason).inc()
         self._request_generation_tokens.observe(tokens)
-        self._whole_request.observe(seconds)
-        self._decode.observe(decode_seconds)
+        self._whole_request.observe(moments.ended - moments.came)
+        self._decode.observe(moments.last_token - moments.first_token)
+        if moments.admitted is not None:
+            self._queue.observe(moments.admitted - moments.sent)
+            self._prefill.observe(moments.first_token - moments.admitted)
+            self._inference.observe(moments.last_token - moments.admitted)
 
     def cancelled(self) -> None:
         """A completion's client has left."""
@@ -220,6 +268,21 @@ class _EngineCollector(Collector):
                 family = kind(name, text, labels=(LABEL,))
                 family.add_metric((self._model_name,), float(value))
                 yield family
+        yield self._step_tokens(now.step_tokens)
+
+    def _step_tokens(self, steps: Mapping[int, int]) -> Metric:
+        family = HistogramMetricFamily(
+            "vllm:iteration_tokens_total",
+            "Tokens that a step of the engine computed, of prompts or of choices.",
+            labels=(LABEL,),
+        )
+        buckets = [
+            (floatToGoString(most), sum(n for tokens, n in steps.items() if tokens <= most))
+            for most in (*_STEP_TOKENS, math.inf)
+        ]
+        total = float(sum(tokens * n for tokens, n in steps.items()))
+        family.add_metric((self._model_name,), buckets, sum_value=total)
+        return family
 
     def describe(self) -> Iterator[Metric]:
         """Nothing, so that registering it reads no engine."""

@@ -14,6 +14,16 @@ from refimpl.server.logprobs import Logprobs, PromptLogprob
 OBJECT = "text_completion"
 
 
+class PromptTokensDetails(TypedDict):
+    """What became of the prompts' tokens.
+
+    Attributes:
+        cached_tokens: that were not computed, as the prefix cache had them; of each prompt once.
+    """
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """What a request took.
 
@@ -21,11 +31,13 @@ class Usage(TypedDict):
         prompt_tokens: of each prompt once, however many choices there are.
         completion_tokens: generated for all candidates, those not chosen included.
         total_tokens: both.
+        prompt_tokens_details: of those of the prompts.
     """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ReplyChoice(TypedDict):
@@ -107,12 +119,13 @@ def completion_id(request_id: str | None) -> str:
     return f"cmpl-{request_id or secrets.token_hex(16)}"
 
 
-def usage(*, prompt_tokens: int, completion_tokens: int) -> Usage:
+def usage(*, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
     """The usage of a whole request."""
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
     )
 
 
