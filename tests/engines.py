@@ -1,5 +1,10 @@
-"""Engines over tiny models for tests. Compiled once for each size; everything else is made anew."""
+"""Engines over tiny models for tests. Compiled once for each size; everything else is made anew.
 
+The tests of the engine hold for every architecture. They run for Gemma 3 unless the environment
+names another tiny model: REFIMPL_TEST_ARCHITECTURE=gemma3n pytest tests/test_engine.py ...
+"""
+
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +22,7 @@ from refimpl.engine.session import Session
 from refimpl.engine.worker import Worker
 from refimpl.model.gemma import Gemma, load_checkpoint
 
+ARCHITECTURE = os.environ.get("REFIMPL_TEST_ARCHITECTURE", "gemma3")
 # Three blocks of the prefix cache.
 CONTEXT = 384
 
@@ -29,7 +35,7 @@ def tiny_gemma(name: str) -> Gemma:
         return load_checkpoint(folder)
 
 
-def tiny_programs(name: str = "gemma3", *, slots: int = 16, steps: int = 1) -> Programs:
+def tiny_programs(name: str = ARCHITECTURE, *, slots: int = 16, steps: int = 1) -> Programs:
     """Programs, once for each size. They compile when the first engine or worker starts."""
     return _programs(name, slots, steps)
 
@@ -40,7 +46,7 @@ def _programs(name: str, slots: int, steps: int) -> Programs:
 
 
 def tiny_engine(
-    name: str = "gemma3",
+    name: str = ARCHITECTURE,
     *,
     slots: int = 16,
     steps: int = 1,

@@ -16,12 +16,21 @@ import numpy as np
 import pytest
 
 from refimpl.engine.engine import Engine, EngineOptions
-from refimpl.engine.events import Completion, Delta, Event, Finished, PromptScored, collect
+from refimpl.engine.events import (
+    Admitted,
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    PromptScored,
+    collect,
+)
 from refimpl.engine.inbox import LoopInbox
 from refimpl.engine.request import Request, SamplingParams
 from refimpl.engine.worker import Worker
 from refimpl.errors import EngineError, InvalidRequestError
 from tests.engines import (
+    ARCHITECTURE,
     CONTEXT,
     Desk,
     bits,
@@ -161,12 +170,13 @@ def test_events_are_well_formed(size: str, request: pytest.FixtureRequest) -> No
     for asked in random_requests(22, (1, 2, 30, 129, 140, 10, 11, 12, 13, 14)):
         asked = replace(asked, prompt_logprobs=3)
         with contextlib.closing(engine.stream(asked)) as stream:
-            events = list(stream)
-        assert isinstance(events[0], PromptScored)
-        assert len(events[0].entries) == len(asked.prompt_ids)
-        assert events[0].entries[0] is None
+            admitted, scored, *events = stream
+        assert isinstance(admitted, Admitted)
+        assert isinstance(scored, PromptScored)
+        assert len(scored.entries) == len(asked.prompt_ids)
+        assert scored.entries[0] is None
         for choice in range(asked.params.num_candidates):
-            own = [e for e in events[1:] if not isinstance(e, PromptScored) and e.choice == choice]
+            own = [e for e in events if isinstance(e, Delta | Finished) and e.choice == choice]
             assert [isinstance(event, Finished) for event in own] == [False] * (len(own) - 1) + [
                 True
             ]
@@ -185,7 +195,7 @@ def test_events_are_well_formed(size: str, request: pytest.FixtureRequest) -> No
 
 
 def test_greedy_continuation_is_hugging_face_s(engine: Engine, small: Engine) -> None:
-    golden = np.load(GOLDEN / "gemma3.npz")
+    golden = np.load(GOLDEN / f"{ARCHITECTURE}.npz")
     params = SamplingParams(max_tokens=64, **GREEDY)
     for each in (engine, small):
         got = each.complete(golden["greedy.prompt"].tolist(), params)
@@ -193,7 +203,7 @@ def test_greedy_continuation_is_hugging_face_s(engine: Engine, small: Engine) ->
 
 
 def test_prompt_log_probabilities_are_hugging_face_s(engine: Engine) -> None:
-    golden = golden_case("gemma3", "long")
+    golden = golden_case(ARCHITECTURE, "long")
     ids = golden.tokens[:1]
     wanted = log_probabilities(golden.logits.astype(np.float64), ids)[0]
     request = request_of(ids[0].tolist(), prompt_logprobs=0, max_tokens=0)

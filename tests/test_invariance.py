@@ -15,6 +15,7 @@ import pytest
 from refimpl.engine.events import Completion
 from refimpl.engine.request import Request
 from tests.engines import (
+    ARCHITECTURE,
     Desk,
     bits,
     prompt_ids,
@@ -28,31 +29,29 @@ from tests.engines import (
 
 # One token (no prefill), both sides of both chunk lengths and of one and two prefix blocks.
 LENGTHS = (1, 2, 3, 17, 32, 33, 34, 64, 96, 127, 128, 129, 130, 140, 200, 256, 257, 258, 290, 370)
-COMPARED = {"gemma3": 0, "gemma2": 0}
+COMPARED = [0]
 
 # The first test of each size compiles its programs.
 pytestmark = pytest.mark.timeout(900)
 
 
-def desk(name: str = "gemma3", *, slots: int = 16, steps: int = 1) -> Desk:
-    return _desk(name, slots, steps)
+def desk(*, slots: int = 16, steps: int = 1) -> Desk:
+    return _desk(slots, steps)
 
 
 @cache
-def _desk(name: str, slots: int, steps: int) -> Desk:
-    return Desk(tiny_programs(name, slots=slots, steps=steps))
+def _desk(slots: int, steps: int) -> Desk:
+    return Desk(tiny_programs(slots=slots, steps=steps))
 
 
 @cache
-def subjects(name: str = "gemma3") -> tuple[Request, ...]:
-    if name == "gemma2":
-        return tuple(random_requests(5, (1, 20, 33, 130, 260)))
+def subjects() -> tuple[Request, ...]:
     return tuple(random_requests(2, LENGTHS * 2))
 
 
 @cache
-def reference(name: str, number: int) -> str:
-    return bits(alone(subjects(name)[number], desk(name, slots=2 if name == "gemma2" else 16)))
+def reference(number: int) -> str:
+    return bits(alone(subjects()[number], desk()))
 
 
 def alone(request: Request, at: Desk) -> Completion:
@@ -61,34 +60,32 @@ def alone(request: Request, at: Desk) -> Completion:
     return at.complete(request)
 
 
-def hold(number: int, got: str, *, name: str = "gemma3") -> None:
-    COMPARED[name] += 1
-    assert got == reference(name, number), f"request {number}: {subjects(name)[number]}"
+def hold(number: int, got: str) -> None:
+    COMPARED[0] += 1
+    assert got == reference(number), f"request {number}: {subjects()[number]}"
 
 
-def together(at: Desk, numbers: Sequence[int], random: np.random.Generator, *, name: str) -> None:
+def together(at: Desk, numbers: Sequence[int], random: np.random.Generator) -> None:
     """Submit requests at random times, with neighbours that are cancelled, and hold them all."""
     keys = list[int]()
     strangers = list[int]()
     for number in numbers:
-        keys.append(at.submit(subjects(name)[number]))
+        keys.append(at.submit(subjects()[number]))
         for _ in range(int(random.integers(4))):
             at.worker.step()
         if random.random() < 0.3:
-            neighbour = subjects(name)[int(random.integers(len(subjects(name))))]
+            neighbour = subjects()[int(random.integers(len(subjects())))]
             strangers.append(at.submit(with_params(neighbour, seed=int(random.integers(99)))))
         if strangers and random.random() < 0.5:
             at.worker.cancel(strangers.pop(int(random.integers(len(strangers)))))
     at.run()
     for number, key in zip(numbers, keys, strict=True):
-        hold(number, bits(at.completion(key)), name=name)
+        hold(number, bits(at.completion(key)))
 
 
 def test_the_references_differ() -> None:
     """Equal results would prove nothing if all requests had the same."""
-    assert len({reference("gemma3", number) for number in range(len(subjects()))}) == len(
-        subjects()
-    )
+    assert len({reference(number) for number in range(len(subjects()))}) == len(subjects())
 
 
 def test_alone_in_every_slot() -> None:
@@ -112,7 +109,7 @@ def test_among_companions_of_any_kind() -> None:
         if turn % 3 == 0:
             at.worker.prefix.clear()
         numbers = random.choice(len(subjects()), size=int(random.integers(2, 17)), replace=False)
-        together(at, [int(number) for number in numbers], random, name="gemma3")
+        together(at, [int(number) for number in numbers], random)
 
 
 def test_all_at_once() -> None:
@@ -162,7 +159,7 @@ def test_a_prefix_cache_that_keeps_nothing_or_little() -> None:
         at = Desk(tiny_programs(), prefix_bytes=prefix_bytes)
         for _ in range(2):
             numbers = random.permutation(len(subjects()))
-            together(at, [int(number) for number in numbers], random, name="gemma3")
+            together(at, [int(number) for number in numbers], random)
         assert at.worker.prefix.statistics.stored_bytes <= prefix_bytes
 
 
@@ -181,9 +178,9 @@ def test_text_and_ids_and_threads() -> None:
         texts = ["the other day", "a", "", "in the end " * 20]
         params = subjects()[0].params
         for text in texts:
-            ids = tiny_gemma("gemma3").tokenizer.encode(text)
+            ids = tiny_gemma(ARCHITECTURE).tokenizer.encode(text)
             by_text = threads.map(engine.complete, [text] * 3, [params] * 3)
-            COMPARED["gemma3"] += 3
+            COMPARED[0] += 3
             assert {bits(each) for each in by_text} == {bits(engine.complete(ids, params))}
 
 
@@ -197,7 +194,7 @@ def test_choices_do_not_depend_on_how_many_there_are_nor_on_the_slots() -> None:
         few_slots = alone(with_params(request, n=37), desk(slots=4, steps=4)).choices
         three = alone(with_params(request, n=3), desk()).choices
         assert len({choice.token_ids for choice in many}) > 20
-        COMPARED["gemma3"] += 37 + 3 + 1
+        COMPARED[0] += 37 + 3 + 1
         assert repr(many) == repr(few_slots)
         assert repr(many[:3]) == repr(three)
         assert repr(many[:1]) == repr(alone(request, desk()).choices)
@@ -211,18 +208,9 @@ def test_many_steps_in_a_call() -> None:
     random = np.random.default_rng(4)
     for _ in range(2):
         numbers = random.permutation(len(subjects()))
-        together(at, [int(number) for number in numbers], random, name="gemma3")
-
-
-def test_another_architecture() -> None:
-    random = np.random.default_rng(6)
-    at = desk("gemma2", slots=2)
-    for _ in range(10):
-        numbers = random.permutation(len(subjects("gemma2")))
-        together(at, [int(number) for number in numbers], random, name="gemma2")
+        together(at, [int(number) for number in numbers], random)
 
 
 def test_there_were_enough_comparisons() -> None:
     """Last, since it counts what the tests above have compared."""
-    assert COMPARED["gemma3"] >= 1000
-    assert COMPARED["gemma2"] >= 50
+    assert COMPARED[0] >= 1000

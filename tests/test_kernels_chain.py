@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 from jax import Array
 from refimpl_kernels import linear as linear_module
+from refimpl_kernels.gelu import gelu
 from refimpl_kernels.linear import LinearImplementation, linear
 from refimpl_kernels.matrix import Matrix, QuantizedMatrix
+from refimpl_kernels.norm import rms_norm
 
-from tests.kernel_cases import STORED_AS, assert_same_bits, matrix, normal
+from tests.kernel_cases import STORED_AS, assert_same_bits, matrix, normal, row_stable
 
 MOST = 16
 SHAPES = {
     # Fewer outputs than a vector of the processor, one more, and an odd number of vectors.
     (64, 5): ("float32", "q32-"),
+    # One step, which is no loop any more.
+    (4, 16): ("float32",),
     (64, 17): ("q32-",),
     (96, 100): STORED_AS,
     # Fused projections and the way back of Gemma 3 270M.
@@ -54,6 +58,21 @@ def test_a_row_has_the_same_bits_alone_and_among_others(shape: tuple[int, int]) 
             found = chain(x[some], weights)
             for name in weights:
                 assert_same_bits(found[name], alone[name][some])
+
+
+def test_a_row_keeps_its_bits_through_a_narrow_gate() -> None:
+    """Chains of one step stand between others' operations, and must not be rounded with them."""
+    x, given = jnp.asarray(normal(MOST, 40)), jnp.asarray(normal(MOST, 8))
+    into, out = jnp.asarray(normal(40, 8)), jnp.asarray(normal(8, 40))
+
+    @row_stable
+    def gated(x: Array, given: Array) -> Array:
+        narrow = gelu(linear(x, into, implementation="chain")) * given
+        return rms_norm(linear(narrow, out, implementation="chain"), None, epsilon=1e-6, offset=0.0)
+
+    together = gated(x, given)
+    for count in (1, 2, 4, 8):
+        assert_same_bits(gated(x[:count], given[:count]), together[:count])
 
 
 def test_a_row_of_bfloat16_does_too() -> None:

@@ -15,6 +15,8 @@ from refimpl_weights.gguf import GGUFFile
 
 from refimpl.engine.engine import Engine, EngineOptions
 from refimpl.engine.request import SamplingParams
+from refimpl.errors import CheckpointError, InvalidRequestError
+from refimpl.model.checkpoint import open_checkpoint
 from refimpl.model.gemma import load_checkpoint
 from refimpl.model.gguf_config import from_gguf
 from refimpl.model.hf_config import from_hugging_face, to_hugging_face
@@ -25,6 +27,7 @@ from tests.tiny_models import TinyModel
 from tests.tiny_variations import text_tensors, traced, write_folder
 
 BOS, EOS, END_OF_TURN = 2, 1, synthetic_tokenizer.END_OF_TURN
+SUPPRESSED = 77
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,8 @@ def test_row_16_bos_comes_exactly_once(tokenizers: dict[str, Tokenizer], source:
 
 
 def rigged_folder(folder: Path) -> Path:
-    """A model that wants to say a row that is no piece, then <end_of_turn>, whatever it reads.
+    """A model that wants to say a row that is no piece, then a suppressed one, then <end_of_turn>,
+    whatever it reads.
 
     With nothing but zeros in its layers, a token's logit is proportional to its embedding here.
     """
@@ -74,8 +78,13 @@ def rigged_folder(folder: Path) -> Path:
     assert table.shape == (synthetic_tokenizer.NUM_PIECES + 64, 32)
     table[:] = 0.5
     table[END_OF_TURN] = 1.0
+    table[SUPPRESSED] = 1.5
     table[synthetic_tokenizer.NUM_PIECES :] = 2.0
-    return write_folder(folder, "gemma3_multimodal", tensors)
+    write_folder(folder, "gemma3_multimodal", tensors)
+    place = folder / "generation_config.json"
+    generation = json.loads(place.read_text())
+    place.write_text(json.dumps({**generation, "suppress_tokens": [SUPPRESSED]}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +124,7 @@ def test_row_17_end_ids_of_a_gguf_file(gguf: Mapping[str, Any]) -> None:
         ("config.json", {"eos_token_id": [EOS, END_OF_TURN]}, {EOS, END_OF_TURN}),
         ("tokenizer_config.json", {"chat_template": "{{ bos_token }}"}, {EOS, END_OF_TURN}),
         ("tokenizer_config.json", {"eos_token": "<end_of_turn>"}, {EOS, END_OF_TURN}),
+        ("chat_template.jinja", {}, {EOS, END_OF_TURN}),
     ],
 )
 def test_row_17_end_ids_are_those_of_all_files(
@@ -137,6 +147,30 @@ def test_row_17_generation_stops_at_the_end_of_a_turn(rigged: Engine) -> None:
     [choice] = rigged.complete([BOS, 300], SamplingParams(max_tokens=4, temperature=0)).choices
     assert choice.token_ids == (END_OF_TURN,)
     assert (choice.text, choice.finish_reason, choice.stop) == ("", "stop", END_OF_TURN)
+
+
+def test_suppressed_ids_are_never_drawn(rigged: Engine) -> None:
+    """Gemma 4 12B says so of its pieces for images and sound; a draw of nothing else is refused."""
+    assert rigged.gemma.suppressed_ids == (SUPPRESSED,)
+    for params in (
+        SamplingParams(max_tokens=31, temperature=2.0, seed=3, ignore_eos=True, logprobs=1),
+        SamplingParams(max_tokens=4, temperature=0, logit_bias={SUPPRESSED: 100.0}, logprobs=1),
+    ):
+        [choice] = rigged.complete([BOS, 300], params).choices
+        assert SUPPRESSED not in choice.token_ids
+        # The model's own opinion stays what it is.
+        assert choice.logprobs is not None
+        assert choice.logprobs[0].top[0][0] == SUPPRESSED
+    with pytest.raises(InvalidRequestError, match="leave no token to draw"):
+        rigged.complete([BOS], SamplingParams(max_tokens=1, allowed_token_ids=(SUPPRESSED,)))
+
+
+@pytest.mark.parametrize("ids", [[600], ["7"], 7, [True]])
+def test_suppressed_ids_that_are_none_are_refused(ids: Any, tmp_path: Path) -> None:
+    folder = rigged_folder(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": ids}))
+    with pytest.raises(CheckpointError, match=r"suppress_tokens must be a list of ids in 0\.\.575"):
+        open_checkpoint(folder)
 
 
 def test_row_29_rows_without_a_piece_are_never_sampled(rigged: Engine) -> None:
