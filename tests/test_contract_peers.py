@@ -27,6 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from openai.types import CompletionUsage
 
 from refimpl.engine.events import Delta
 from refimpl.server.app import create_app
@@ -68,6 +69,7 @@ def test_a_greedy_call_is_counted_exactly(client):
     assert choice["finish_reason"] == "length"
     assert got.json["usage"] == {
         "prompt_tokens": count, "completion_tokens": 5, "total_tokens": count + 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
     assert got.json["system_fingerprint"].startswith("fp_")
     assert got.json["id"].startswith("cmpl-")
@@ -200,7 +202,10 @@ def test_usage_of_a_stream_is_null_until_it_is_told_once(client):
     assert {event["usage"] for event in chunks} == {None}
     assert last["choices"] == []
     count = len(client.ids_of(TEXT))
-    expected = {"prompt_tokens": count, "completion_tokens": 4, "total_tokens": count + 4}
+    expected = {
+        "prompt_tokens": count, "completion_tokens": 4, "total_tokens": count + 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert last["usage"] == expected
     always = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = client.complete(**body, stream_options=always).events
@@ -578,6 +583,11 @@ def test_metrics_move_by_exactly_what_was_done(client):
     assert moved["vllm:request_success_total"] == 5
     assert moved["vllm:time_to_first_token_seconds_count"] == 2
     assert moved["vllm:e2e_request_latency_seconds_count"] == 2
+    for phase in ("queue", "prefill", "decode", "inference"):
+        assert moved[f"vllm:request_{phase}_time_seconds_count"] == 2
+    # A prompt's last token is computed with the first one generated.
+    computed = prompts - 3 + 4 * 3 + 5
+    assert moved["vllm:iteration_tokens_total_sum"] == computed
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
 
 
@@ -682,8 +692,38 @@ def test_a_prompt_in_the_cache_changes_no_bit(client):
     second = client.complete(**body)
     assert figures(client)["vllm:prefix_cache_hits_total"] == hits + 128
     assert second.choices == first
-    # How much came from the cache is told to operators, not to clients.
-    assert set(second.json["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+
+
+def cached_tokens(client: Client, **body: Any) -> int:
+    """What the usage says of the prompts, the same streamed and not."""
+    usage = client.complete(**body).json["usage"]
+    streamed = client.complete(**body, stream=True, stream_options={"include_usage": True})
+    assert streamed.events[-1]["usage"] == usage
+    # Nothing is in it that OpenAI's own type does not know.
+    parsed = CompletionUsage.model_validate(usage, strict=True)
+    assert parsed.prompt_tokens_details is not None
+    assert not parsed.model_extra
+    assert not parsed.prompt_tokens_details.model_extra
+    assert parsed.prompt_tokens_details.cached_tokens is not None
+    return parsed.prompt_tokens_details.cached_tokens
+
+
+def test_tokens_that_were_cached_are_counted_once_for_each_prompt(client):
+    # Of one block, of two and of none, which begin like no other prompt here.
+    prompts = [[2, *[278] * 150], [2, *[279] * 300], [2, 280]]
+    body = {"prompt": prompts, "max_tokens": 1}
+    first = client.complete(**body).json["usage"]
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert first["prompt_tokens"] == 151 + 301 + 2
+    # Choices that wait for a slot find more than the first one did, which counts.
+    assert cached_tokens(client, **body) == cached_tokens(client, **body, n=5) == 128 + 256
+    # What is scored is computed in any case. Without choices there is nothing to compute at all.
+    assert cached_tokens(client, **body, echo=True, logprobs=0) == 0
+    assert cached_tokens(client, prompt=prompts, max_tokens=0) == 0
+    # A block that is whole only with the prompt's last token, which is computed in any case.
+    assert cached_tokens(client, prompt=[2, *[280] * 127], max_tokens=1) == 0
+    # Of a gap, the prompt before it.
+    assert cached_tokens(client, prompt=prompts[0], suffix="the", max_tokens=1) == 128
 
 
 def test_banned_tokens_never_come_and_forced_ones_always(client):

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from refimpl.server.errors import Problem
 from refimpl.server.keys import Key
 from refimpl.server.lifecycle import Service
 from refimpl.server.loading import UNKNOWN_WAIT, Load, Loaded, Pace, Progress
-from refimpl.server.metrics import EngineStatistics, Metrics
+from refimpl.server.metrics import EngineStatistics, Metrics, Moments
 from refimpl.server.rates import Allowance, Budget
 from refimpl.server.settings import ServerSettings
 
@@ -36,6 +37,8 @@ class FakeEngine:
             num_in_flight=5,
             scheduler=SimpleNamespace(num_waiting=2, num_free=1),
             prefix=SimpleNamespace(statistics=prefix),
+            # Seven steps of one token, two of sixteen, and one of more than any bucket holds.
+            step_tokens={1: 7, 16: 2, 20_000: 1},
         )
 
     def close(self) -> None:
@@ -312,6 +315,7 @@ def test_a_ticket_moves_the_counters_exactly():
         with service.admit(None) as ticket:
             ticket.hold(2)
             ticket.start(prompt_tokens=7, n=2, max_tokens=16)
+            ticket.admitted(time.monotonic())
             ticket.tokens(1, choice=0)
             ticket.tokens(1, choice=1)
             ticket.tokens(3, choice=0)
@@ -326,7 +330,8 @@ def test_a_ticket_moves_the_counters_exactly():
     assert value("vllm:time_to_first_token_seconds_count") == 1
     assert value("vllm:inter_token_latency_seconds_count") == 3
     assert value("vllm:e2e_request_latency_seconds_count") == 1
-    assert value("vllm:request_decode_time_seconds_count") == 1
+    for phase in ("queue", "prefill", "decode", "inference"):
+        assert value(f"vllm:request_{phase}_time_seconds_count") == 1
     assert value("vllm:request_prompt_tokens_sum") == 7
     assert value("vllm:request_generation_tokens_sum") == 5
     assert value("vllm:request_params_n_sum") == 2
@@ -334,7 +339,43 @@ def test_a_ticket_moves_the_counters_exactly():
     assert value("refimpl:requests_cancelled_total") == 0
 
 
+def test_of_several_prompts_the_first_slot_counts():
+    service = begun()
+
+    def complete() -> None:
+        with service.admit(None) as ticket:
+            ticket.start(prompt_tokens=7, n=1, max_tokens=0)
+            now = time.monotonic()
+            for seconds in (2048, 1024, 4096):
+                ticket.admitted(now + seconds)
+            ticket.finished(["length", "length", "length"])
+
+    in_a_request(complete)
+    # Some microseconds have passed since the start, and a test machine may stand still.
+    assert 1024 <= (service.metrics.value("vllm:request_queue_time_seconds_sum") or 0) < 1124
+
+
 # Metrics.
+
+
+def test_the_time_of_a_completion_is_divided_at_its_first_slot_and_token():
+    metrics = Metrics("tiny", read=lambda: None)
+    moments = Moments(
+        came=1.0, sent=1.25, admitted=3.25, first_token=7.25, last_token=15.25, ended=15.5
+    )
+    metrics.finished(["stop"], tokens=5, moments=moments)
+    # Nothing was to be computed, so it had no slot to wait for.
+    metrics.finished(["length"], tokens=0, moments=replace(moments, admitted=None))
+    names = ("queue_time", "prefill_time", "decode_time", "inference_time")
+    sums = [metrics.value(f"vllm:request_{name}_seconds_sum") for name in names]
+    assert sums == [2.0, 4.0, 2 * 8.0, 12.0]
+    counts = [metrics.value(f"vllm:request_{name}_seconds_count") for name in names]
+    assert counts == [1, 1, 2, 1]
+    assert metrics.value("vllm:e2e_request_latency_seconds_sum") == 2 * 14.5
+    # vLLM's buckets: its dashboards add up those of the same limit.
+    assert metrics.value("vllm:request_queue_time_seconds_bucket", le="1.5") == 0
+    assert metrics.value("vllm:request_queue_time_seconds_bucket", le="2.0") == 1
+    assert metrics.value("vllm:request_queue_time_seconds_bucket", le="7680.0") == 1
 
 
 def test_what_the_engine_knows_is_read_when_asked_for():
@@ -348,6 +389,11 @@ def test_what_the_engine_knows_is_read_when_asked_for():
     assert value("vllm:prefix_cache_hits_total") == 3 * 128
     assert value("refimpl:prefix_cache_bytes") == 77
     assert value("refimpl:compilations_total") == 9
+    assert value("vllm:iteration_tokens_total_count") == 7 + 2 + 1
+    assert value("vllm:iteration_tokens_total_sum") == 7 * 1 + 2 * 16 + 20_000
+    buckets = {"1.0": 7, "8.0": 7, "16.0": 9, "16384.0": 9, "+Inf": 10}
+    for most, count in buckets.items():
+        assert value("vllm:iteration_tokens_total_bucket", le=most) == count
 
 
 def test_without_an_engine_there_are_the_other_figures():

@@ -3,6 +3,7 @@
 So ten thousand steps take seconds, and every call of a program is checked against the others.
 """
 
+import time
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refimpl.engine.events import Event, Finished
+from refimpl.engine.events import Admitted, Event, Finished
 from refimpl.engine.packing import ADMISSION_INTEGERS, SCORE_FIELDS, STEP_FIELDS
 from refimpl.engine.programs import Programs
 from refimpl.engine.request import Request
@@ -155,16 +156,34 @@ class FakeDesk:
         self.worker = Worker(self.programs, prefix_bytes=5 * BLOCK_BYTES, emit=self._emit)
         assert list(self.worker.start()) == []
         self.running = dict[int, set[int]]()
+        self.deliveries = dict[int, list[list[Event]]]()
         self.num_submitted = self.num_finished = 0
 
     def submit(self, request: Request) -> int:
         key = self.num_submitted
         self.num_submitted += 1
         self.running[key] = set(range(request.params.num_candidates))
+        self.deliveries[key] = []
         self.worker.submit(key, Session(request, self.gemma.tokenizer, self.gemma.eos_ids))
         return key
 
+    def admissions(self, key: int) -> list[Admitted]:
+        """That were told of a request, each of which must begin what comes of it."""
+        assert [] not in self.deliveries[key]
+        told = [
+            (number, place, event)
+            for number, events in enumerate(self.deliveries[key])
+            for place, event in enumerate(events)
+            if isinstance(event, Admitted)
+        ]
+        assert all((number, place) == (0, 0) for number, place, _ in told)
+        # Never by itself, for that would wake up whoever reads.
+        assert all(len(events) > 1 for events in self.deliveries[key][: len(told)])
+        return [event for _, _, event in told]
+
     def _emit(self, key: int, events: list[Event]) -> None:
+        if events:
+            self.deliveries[key].append(events)
         for event in events:
             if isinstance(event, Finished):
                 # No choice ends twice.
@@ -214,6 +233,81 @@ def test_ten_thousand_random_steps_leave_nothing_behind() -> None:
     assert statistics.stored_bytes == statistics.blocks * BLOCK_BYTES <= 5 * BLOCK_BYTES
     assert statistics.hits > 100
     assert statistics.evictions > 10
+
+
+def sound_desk() -> FakeDesk:
+    """One whose numbers are always finite."""
+    desk = FakeDesk()
+    run = desk.programs.decode
+
+    def decode(parameters: Any, state: Any, packed: np.ndarray) -> Any:
+        state, rows = run(parameters, state, packed)
+        rows[:, :, 2] = True
+        return state, rows
+
+    desk.programs.__dict__["decode"] = decode
+    return desk
+
+
+def test_a_request_is_told_once_that_it_has_a_slot_with_the_first_that_comes_of_it() -> None:
+    desk, ids = sound_desk(), prompt_ids(1, 300)
+    # Each with the tokens that it finds in the cache, of those that ran before it.
+    asked = [
+        (request_of(ids, max_tokens=3), 0),
+        (request_of(ids, max_tokens=3, n=SLOTS + 2), 256),
+        (request_of(ids[:150], max_tokens=3), 128),
+        (request_of(ids[:128], max_tokens=3), 0),
+        (request_of(ids, max_tokens=3, prompt_logprobs=0), 0),
+        (request_of(ids, max_tokens=0, prompt_logprobs=0), 0),
+        (request_of([2], max_tokens=3), 0),
+    ]
+    for request, cached in asked:
+        before = time.monotonic()
+        key = desk.submit(request)
+        while desk.worker.step():
+            pass
+        [admitted] = desk.admissions(key)
+        assert admitted.cached_tokens == cached
+        assert before <= admitted.at <= time.monotonic()
+
+
+def test_who_never_had_a_slot_is_told_of_none() -> None:
+    desk = FakeDesk()
+    running = desk.submit(request_of([2], max_tokens=300, n=SLOTS, ignore_eos=True))
+    waiting = desk.submit(request_of(prompt_ids(1, 20), max_tokens=9))
+    computed = desk.submit(request_of(prompt_ids(1, 20), max_tokens=0))
+    for _ in range(3):
+        desk.worker.step()
+    for key in (running, waiting):
+        desk.worker.cancel(key)
+    assert [len(desk.admissions(key)) for key in (running, waiting, computed)] == [1, 0, 0]
+
+
+def test_one_that_ends_before_its_first_token_is_told_of_its_slot_with_the_end() -> None:
+    desk = FakeDesk()
+    key = desk.submit(request_of(prompt_ids(1, 300), max_tokens=9, n=2))
+    for _ in range(2):  # It is admitted, and the first chunk of its prompt is computed.
+        desk.worker.step()
+    assert desk.deliveries[key] == []
+    desk.worker.cancel(key, "deadline")
+    [[admitted, *ends]] = desk.deliveries[key]
+    assert isinstance(admitted, Admitted)
+    assert ends == [Finished(choice, "deadline", None, 0, None) for choice in (0, 1)]
+
+
+def test_steps_are_counted_by_their_tokens() -> None:
+    desk = sound_desk()
+    desk.submit(request_of(prompt_ids(1, 201), max_tokens=6, n=3, ignore_eos=True))
+    while desk.worker.step():
+        pass
+    # Two chunks; six steps of three choices, in calls of four.
+    assert desk.worker.step_tokens == {128: 1, 72: 1, 3: 6}
+    desk.submit(request_of(prompt_ids(1, 201), max_tokens=2, ignore_eos=True))
+    desk.submit(request_of([2], max_tokens=1, ignore_eos=True))
+    while desk.worker.step():
+        pass
+    # The first chunk was in the cache, and only what is computed counts.
+    assert desk.worker.step_tokens == {128: 1, 72: 2, 3: 6, 1: 3}
 
 
 def work_of_steps(num_queued: int) -> list[int]:

@@ -277,10 +277,10 @@ class _EngineCollector(Collector):
             labels=(LABEL,),
         )
         buckets = [
-            (floatToGoString(most), sum(n for tokens, n in steps.items() if tokens <= most))
+            (floatToGoString(most), float(sum(n for size, n in steps.items() if size <= most)))
             for most in (*_STEP_TOKENS, math.inf)
         ]
-        total = float(sum(tokens * n for tokens, n in steps.items()))
+        total = float(sum(size * n for size, n in steps.items()))
         family.add_metric((self._model_name,), buckets, sum_value=total)
         return family
 
