@@ -151,6 +151,21 @@ def test_every_way_to_ask_gives_the_same(engine: Engine) -> None:
     assert ways[0].completion_tokens == 12
 
 
+def test_a_completion_says_how_much_of_its_prompt_was_cached(engine: Engine) -> None:
+    ids, params = prompt_ids(77, 200), SamplingParams(max_tokens=2, seed=1)
+    before = time.monotonic()
+    cold, warm = (engine.complete(ids, params) for _ in range(2))
+    assert (cold.cached_tokens, warm.cached_tokens) == (0, 128)
+    # Nothing else depends on it, which is why it is left out of what is compared.
+    assert cold == warm
+    assert bits(cold) == bits(warm)
+    assert cold.admitted is not None
+    assert warm.admitted is not None
+    assert before <= cold.admitted.at < warm.admitted.at <= time.monotonic()
+    nothing = engine.complete(ids, SamplingParams(max_tokens=0))
+    assert (nothing.cached_tokens, nothing.admitted) == (0, None)
+
+
 def test_many_at_once_in_one_event_loop(engine: Engine) -> None:
     requests = random_requests(21, range(1, 60))
 
@@ -359,7 +374,7 @@ def test_closing_the_iterator_frees_the_slots_within_one_step(
     events = fresh.stream(LONG)
     thread = threading.Thread(target=lambda: gate.let(8))
     thread.start()
-    assert isinstance(next(events), Delta)
+    assert isinstance(next(events), Admitted)
     thread.join()
     assert worker_of(fresh).scheduler.num_free == 11
     events.close()
@@ -378,7 +393,7 @@ def test_closing_an_async_iterator_frees_the_slots_within_one_step(
         async with contextlib.aclosing(fresh.generate(LONG)) as events:
             thread = threading.Thread(target=lambda: gate.let(8))
             thread.start()
-            assert isinstance(await anext(events), Delta)
+            assert isinstance(await anext(events), Admitted)
             await asyncio.to_thread(thread.join)
         # Left at once, while the engine's thread stands before its next step.
         assert gate.steps == 8

@@ -24,8 +24,10 @@ from refimpl.bench.run import Plan, decode_quantity
 from refimpl.errors import EngineError
 from refimpl.progress import Progress
 from refimpl.server.app import create_app
-from refimpl.server.lifecycle import Loaded, Service
-from refimpl.server.run import Listener, Server
+from refimpl.server.lifecycle import Service
+from refimpl.server.listener import Listener
+from refimpl.server.loading import Loaded
+from refimpl.server.run import Server
 from refimpl.server.settings import ServerSettings
 
 ENGINE, SERVER = "engine", "server"
