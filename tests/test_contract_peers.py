@@ -13,6 +13,7 @@ engines that fail                        test_an_engine_that_*
 keys, preflights, ids of requests        test_keys_*, test_preflights_*, test_ids_of_requests
 clients that leave, draining, figures    test_clients_that_leave_*, test_draining_*, test_metrics_*
 seeds, neighbours, caches                test_seeds_*, test_neighbours_*, test_a_prompt_in_the_cache
+cached tokens in the usage               test_tokens_that_were_cached_*
 the whole product of forms               test_server_completions
 what real sockets and signals need       test_server_run, test_server_command
 bodies of clients                        test_contract_clients
