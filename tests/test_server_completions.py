@@ -132,7 +132,10 @@ def test_nothing_is_generated_for_max_tokens_0_with_or_without_echo(client):
         got = client.complete(prompt=TEXT, max_tokens=0, echo=echo)
         [choice] = got.choices
         assert (choice["text"], choice["finish_reason"]) == (TEXT if echo else "", "length")
-        assert got.json["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+        assert got.json["usage"] == {
+        "prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
         assert assembled_of(client.complete(prompt=TEXT, max_tokens=0, echo=echo, stream=True)) == [
             choice
         ]
