@@ -52,7 +52,7 @@ def full_pass(name: str) -> Callable[[np.ndarray, np.ndarray], tuple[Any, dict[s
     model = tiny_model(name)
 
     def run(parameters: Any, tokens: Any, positions: Any) -> Any:
-        taps = Taps(("streams", "layers.*.residual"))
+        taps = Taps(("embed", "streams", "layers.*.residual"))
         logits, _ = nnx.merge(model.graph, parameters)(tokens, positions, taps=taps)
         return logits, taps.values
 
@@ -60,7 +60,11 @@ def full_pass(name: str) -> Callable[[np.ndarray, np.ndarray], tuple[Any, dict[s
 
     def in_turn(tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, dict[str, Any]]:
         logits, values = compiled(model.parameters, tokens, positions)
-        return logits, {stage: values[stage] for stage in in_order(values)}
+        # Of several streams the first is the embedding.
+        stages = [
+            stage for stage in in_order(values) if stage != "embed" or "streams" not in values
+        ]
+        return logits, {stage: values[stage] for stage in stages}
 
     return in_turn
 

@@ -3,7 +3,7 @@
 The names are a stable interface, the same in notebooks, files and reports:
 
     embed                          scaled embedding
-    streams                        what the first layer sees: the same, or all streams "u b t d"
+    streams                        all streams before the first layer, where there are several
     layers.3.attention.input       after the norm before attention
     layers.3.attention.query       after norm and rotary embedding; likewise key, value
     layers.3.attention.scores      scaled and capped, before the mask, "b k g t s"

@@ -84,7 +84,8 @@ class Block(nnx.Module):
         taps("feed_forward.output", y)
         x = self.streams.correct(predicted, add(x, y), implementation=linear)
 
-        if self.per_layer_input is not None and inputs is not None:
+        if self.per_layer_input is not None:
+            assert inputs is not None  # Such a model embeds them before its first layer.
             given = inputs[:, :, self.index]
             y = self.per_layer_input(self.streams.shown(x), given, implementation=linear)
             taps("per_layer_input", y)
@@ -196,7 +197,8 @@ class Transformer(nnx.Module):
         embedder = self.per_layer_embedder
         inputs = None if embedder is None else embedder(tokens, x, implementation=linear)
         x = self.streams.enter(x, implementation=linear)
-        taps("streams", x)
+        if self.config.altup is not None:
+            taps("streams", x)
 
         for index, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
