@@ -121,6 +121,7 @@ def test_lm_eval_may_score_without_generating(client):
     assert len(choice["logprobs"]["token_logprobs"]) == len(ids)
     assert got.json["usage"] == {
         "prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
     with_one_more = send(client, lm_eval_scoring([ids])).choices[0]["logprobs"]
     for name, values in choice["logprobs"].items():
