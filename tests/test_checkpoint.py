@@ -84,6 +84,21 @@ def test_tensors_that_sharing_layers_do_not_read_may_be_absent(tmp_path, name):
     assert_same(load(tmp_path / "saved again"), load(tmp_path / "released"))
 
 
+def test_what_sharing_layers_do_not_read_must_still_fit(tmp_path):
+    arrays = synthetic.tensors("gemma3n")
+    at = "model.language_model.layers."
+    del arrays[f"{at}3.self_attn.k_proj.weight"]
+    arrays[f"{at}4.self_attn.v_proj.weight"] = arrays[f"{at}4.self_attn.v_proj.weight"][:5]
+    for part in ("k_proj", "v_proj", "k_norm"):
+        del arrays[f"{at}5.self_attn.{part}.weight"]
+    arrays["blk.3.attn_k.weight"] = arrays[f"{at}3.self_attn.v_proj.weight"]
+    assert faults(write(tmp_path, TINY["gemma3n"], arrays)) == {
+        "missing: layers.3.self_attn.k_proj.weight",
+        f"mis-shaped: {at}4.self_attn.v_proj.weight is (5, 32), expected (32, 32)",
+        "unused: blk.3.attn_k.weight",
+    }
+
+
 def test_stacks_of_the_wrong_shape_are_named(tmp_path):
     arrays = synthetic.tensors("gemma4_moe")
     at = "model.layers."

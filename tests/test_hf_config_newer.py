@@ -522,6 +522,8 @@ def test_rotary_embedding_of_gemma_3n(keys):
         (10, None, None),
         (3, [0.0, 0, 0.0], None),
         (3, [0.95, 0.0, 0.8], (CUTOFF, None, 0.8416212335729144)),
+        # Half or less cut off: the cut lies at or below the mean.
+        (3, [0.5, 0.0, 0.3], (0.0, None, -0.5244005127080407)),
     ],
 )
 def test_sparse_gates(layers, pattern, cutoffs):
@@ -541,8 +543,6 @@ def test_sparse_gates(layers, pattern, cutoffs):
         # transformers' class takes a number, and fails over its length.
         (0.95, "must be a list of finite numbers, got 0.95"),
         (["0.95"] * 6, "must be a list of finite numbers"),
-        # Half or less of the gate cut off: the cut would lie at or below the mean.
-        ([0.5] * 6, "gate_cutoffs[0] must be above 0"),
     ],
 )
 def test_sparse_gates_that_are_refused(pattern, fault):

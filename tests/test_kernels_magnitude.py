@@ -1,5 +1,6 @@
 """Scaling to a magnitude against the spec, and the spec against float64."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 from refimpl_kernels import spec
-from refimpl_kernels.norm import with_magnitude_of
+from refimpl_kernels.norm import rms_norm, with_magnitude_of
 
 from tests.kernel_cases import (
     UNIT,
@@ -120,3 +121,20 @@ def test_the_result_has_the_patterns_magnitude_whatever_that_of_x(power: int, se
     assert_within(
         np.mean(float64(found) ** 2, axis=-1), wanted, 2 * (summed(64) + 7 * UNIT) * wanted
     )
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: with_magnitude_of(x, x[::-1], least=1e-5),
+        lambda x: rms_norm(x, None, epsilon=1e-6, offset=0.0, rounding="activation"),
+    ],
+    ids=["with_magnitude_of", "rms_norm"],
+)
+def test_squares_are_rounded_in_large_arrays_too(operation: Callable[[Array], Array]) -> None:
+    """Reductions of 4,096 elements or more took squares that nobody had rounded to bfloat16."""
+    x = jnp.asarray(normal(1000, 32), jnp.bfloat16)
+    compiled = jax.jit(operation, compiler_options={"xla_allow_excess_precision": False})
+    together = compiled(x)
+    some = jnp.concatenate([x[:50], x[-50:]])
+    assert_same_bits(compiled(some), jnp.concatenate([together[:50], together[-50:]]))

@@ -55,8 +55,12 @@ def with_magnitude_of(
 
 
 def _mean_square(x: Array) -> Array:
+    squares = jnp.square(x)
+    if x.dtype != jnp.float32:
+        # From 4,096 elements on, the compiler would sum squares that it has not rounded.
+        squares = jax.lax.optimization_barrier(squares)
     # The sum itself always runs in float32: jnp.mean and torch.mean both widen a narrow type.
-    return jnp.mean(jnp.square(x), axis=-1, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+    return jnp.mean(squares, axis=-1, keepdims=True, dtype=jnp.float32).astype(x.dtype)
 
 
 def _normalise(x: Array, scale: Array | None, epsilon: float, offset: float) -> Array:

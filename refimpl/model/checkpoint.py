@@ -41,6 +41,7 @@ class Checkpoint:
         available: the text decoder's tensors: our table's name, and the file's.
         ignored: tensors of other modalities, which a text decoder has no use for.
         sources: where each parameter comes from.
+        unread: tensors that may be there together and that no parameter comes from.
         suppressed_ids: ids that the checkpoint wants never drawn.
     """
 
@@ -50,6 +51,7 @@ class Checkpoint:
     available: Mapping[str, str]
     ignored: tuple[str, ...]
     sources: Mapping[names.Path, names.Sources]
+    unread: tuple[names.Shapes, ...] = ()
     suppressed_ids: tuple[int, ...] = ()
 
 
@@ -98,6 +100,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         # Read, as part of the architecture. In a file of another one nothing reads it.
         del available[_ROPE_DIVISORS]
     checkpoint = _checkpoint(path, config, file, available, (), names.gguf_sources(config))
+    checkpoint = replace(checkpoint, unread=names.gguf_unread(config))
     return _with_suppressed(checkpoint, file.metadata, "tokenizer.ggml.suppress_tokens")
 
 
@@ -125,6 +128,7 @@ def _open_hugging_face(path: Path) -> Checkpoint:
         architecture = replace(architecture, has_tied_head=tied)
     sources = names.hugging_face_sources(architecture)
     checkpoint = _checkpoint(path, architecture, source, available, ignored, sources)
+    checkpoint = replace(checkpoint, unread=names.hugging_face_unread(architecture))
     return _with_suppressed(checkpoint, generation, "suppress_tokens")
 
 

@@ -193,11 +193,13 @@ class GemmaConfig:
             "local_rope.factor": self.local_rope.factor,
             "global_rope.theta": self.global_rope.theta,
             "global_rope.factor": self.global_rope.factor,
-            **{f"gate_cutoffs[{i}]": cutoff for i, cutoff in enumerate(self.gate_cutoffs or ())},
         }
         for name, number in numbers.items():
             if number is not None and not 0 < number < math.inf:
                 yield f"{name} must be above 0 and finite, got {number}"
+        for i, cutoff in enumerate(self.gate_cutoffs or ()):
+            if cutoff is not None and not math.isfinite(cutoff):
+                yield f"gate_cutoffs[{i}] must be finite, got {cutoff}"
         for name in ("local_rope", "global_rope"):
             proportion = getattr(self, name).proportion
             if not 0 < proportion <= 1:

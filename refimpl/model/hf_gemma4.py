@@ -172,7 +172,13 @@ def _per_layer_input(values: Mapping[str, Any]) -> PerLayerInputSpec | None:
     width = values["hidden_size_per_layer_input"]
     if not width:
         return None
-    return PerLayerInputSpec(width=width, vocab_size=values["vocab_size_per_layer_input"])
+    rows, ids = values["vocab_size_per_layer_input"], values["vocab_size"]
+    if rows < ids:
+        # Unlike Gemma 3n's, Hugging Face's Gemma 4 has no input for the other ids.
+        raise ConfigError(
+            f"vocab_size_per_layer_input must be at least vocab_size {ids}, got {rows}"
+        )
+    return PerLayerInputSpec(width=width, vocab_size=rows)
 
 
 def _experts(values: Mapping[str, Any]) -> ExpertsSpec | None:

@@ -5,8 +5,8 @@ matched by patterns. A parameter of ours names its sources; several sources are 
 outputs (queries, keys and values; gate and up), and where files differ there are alternatives.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refimpl.errors import CheckpointError
@@ -44,6 +44,8 @@ class Sources:
         return cls((names,))
 
 
+# Shapes that tensors must have, by name.
+Shapes = Mapping[str, tuple[int, ...]]
 _Layer = dict[tuple[str, ...], Sources]
 
 
@@ -166,23 +168,42 @@ def _gguf_layer(spec: LayerSpec) -> _Layer:
     return layer
 
 
-def unread(config: GemmaConfig) -> frozenset[str]:
-    """Tensors that files of either format may hold and that no layer reads.
+def hugging_face_unread(config: GemmaConfig) -> tuple[Shapes, ...]:
+    """Tensors that a Hugging Face checkpoint may hold and that no layer reads, a layer each.
 
     Released files keep the keys and values of layers that read another layer's; files that were
     saved again do not.
     """
-    parts = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
-    gguf_parts = ("attn_k", "attn_v", "attn_k_norm")
-    return frozenset(
-        name
-        for index, spec in enumerate(config.layers)
-        if spec.donor is not None
-        for name in (
-            *(f"layers.{index}.{part}.weight" for part in parts),
-            *(f"blk.{index}.{part}.weight" for part in gguf_parts),
-        )
+    return _unread(
+        config,
+        lambda i, part: f"layers.{i}.self_attn.{part}_proj.weight",
+        lambda i: f"layers.{i}.self_attn.k_norm.weight",
     )
+
+
+def gguf_unread(config: GemmaConfig) -> tuple[Shapes, ...]:
+    """The same for a GGUF file."""
+    return _unread(
+        config,
+        lambda i, part: f"blk.{i}.attn_{part}.weight",
+        lambda i: f"blk.{i}.attn_k_norm.weight",
+    )
+
+
+def _unread(
+    config: GemmaConfig, projection: Callable[[int, str], str], norm: Callable[[int], str]
+) -> tuple[Shapes, ...]:
+    found = list[Shapes]()
+    for index, spec in enumerate(config.layers):
+        if spec.donor is None:
+            continue
+        shape = (spec.num_kv_heads * spec.head_width, config.width)
+        parts = _projections(replace(spec, donor=None))[1:]
+        shapes: dict[str, tuple[int, ...]] = {projection(index, part): shape for part in parts}
+        if config.has_query_key_norm:
+            shapes[norm(index)] = (spec.head_width,)
+        found.append(shapes)
+    return tuple(found)
 
 
 def strip_prefix(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -73,9 +73,22 @@ def _plan(
         if not missing:
             plan[path] = tuple(checkpoint.available[name] for name in chosen)
             faults += _shape_faults(checkpoint, path, plan[path], shape)
-    used |= names.unread(checkpoint.config)
+    for group in checkpoint.unread:
+        used.update(group)
+        faults += _unread_faults(checkpoint, group)
     faults += [f"unused: {full}" for name, full in checkpoint.available.items() if name not in used]
     return plan, faults
+
+
+def _unread_faults(checkpoint: Checkpoint, group: names.Shapes) -> list[str]:
+    """What is wrong with tensors that nothing reads: a sign of another architecture."""
+    held = {name: checkpoint.available[name] for name in group if name in checkpoint.available}
+    faults = [f"missing: {name}" for name in group if held and name not in held]
+    return faults + [
+        f"mis-shaped: {full} is {checkpoint.source.shape(full)}, expected {group[name]}"
+        for name, full in held.items()
+        if checkpoint.source.shape(full) != group[name]
+    ]
 
 
 def _shape_faults(
