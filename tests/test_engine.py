@@ -761,14 +761,6 @@ def test_a_closed_loop_is_forgotten() -> None:
     assert gone() is None
 
 
-def test_the_engine_of_another_architecture() -> None:
-    with tiny_engine("gemma2", slots=2) as engine:
-        got = engine.complete("in the end", SamplingParams(max_tokens=5, n=3, seed=1))
-    ids = tiny_gemma("gemma2").tokenizer.encode("in the end")
-    assert got.prompt_tokens == len(ids)
-    assert len(got.choices) == 3
-
-
 @pytest.mark.parametrize("throughput", [False, True])
 def test_wide_vectors_are_for_those_who_ask(throughput: bool, monkeypatch) -> None:
     engine = Engine(tiny_gemma("gemma3"), EngineOptions(throughput=throughput))

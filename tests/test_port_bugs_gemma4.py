@@ -30,7 +30,7 @@ from tests.tiny_variations import GLOBAL, LOCAL, over_cache, traced
 OVER_CACHE = implementations_for(FLOAT32, phase="prefill")
 # Float32 against float64, of numbers of order one to ten.
 BOUND = 1e-5
-SHARING = ("gemma4_e2b", "gemma3n")
+SHARING = ("gemma4_e2b",)
 # Ten windows; of ids from 480 on, Gemma 3n's table of per-layer inputs has none.
 LONG_TEXT = np.random.default_rng(0).integers(6, 508, 80, dtype=np.int32)
 NEWER = [name for name in VARIANTS if name.startswith(("gemma-3n", "gemma-4"))]

@@ -101,6 +101,7 @@ def test_row_02_rms_norm_rounds_once_at_the_end(stored: str) -> None:
     x, scale = 3 * normal(64, width), 0.3 * normal(1, width)[0]
     scale = scale.astype(stored).astype(np.float64)
     norm = RMSNorm(width, VARIANTS["gemma-2b"], HF_BFLOAT16)
+    assert norm.scale is not None
     norm.scale.set_value(jnp.asarray(scale, stored))
     got = np.asarray(norm(jnp.asarray(x, jnp.bfloat16)))
     assert got.dtype == BFLOAT16

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.engine.events import Event, Finished, PromptScored, TokenLogprob, collect
+from refimpl.engine.events import Admitted, Event, Finished, PromptScored, TokenLogprob, collect
 from refimpl.engine.packing import StepRow
 from refimpl.engine.request import Request, SamplingParams
 from refimpl.engine.session import Session
@@ -196,7 +196,8 @@ def streamed(
     request: CompletionRequest, prompt: Prompt, events: list[Event], **options
 ) -> list[Piece]:
     writer = writer_of(request, prompt, **options)
-    return [piece for event in events for piece in writer.take(event)]
+    shown = [event for event in events if not isinstance(event, Admitted)]
+    return [piece for event in shown for piece in writer.take(event)]
 
 
 PROMPT = Prompt((2, *ids_of("of ")), "of ", is_bos_ours=True)
