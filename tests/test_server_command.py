@@ -148,7 +148,10 @@ def test_the_printed_lines_work_as_they_stand(server: Server) -> None:
         ["bash", "-c", f"{curl[0]} --silent --show-error --fail"],
         env=environment, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert json.loads(replied.stdout)["usage"]["completion_tokens"] == 16
+    reply = json.loads(replied.stdout)
+    [choice], num_tokens = reply["choices"], reply["usage"]["completion_tokens"]
+    # Sampled, and so it may end early.
+    assert num_tokens == 16 if choice["finish_reason"] == "length" else 1 <= num_tokens <= 16
     subprocess.run(
         [sys.executable, "-c", snippet[0]], env=environment, timeout=60, check=True,
         stdout=subprocess.DEVNULL,

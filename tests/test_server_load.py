@@ -140,6 +140,9 @@ def answer_of(chunks: list[dict[str, Any]]) -> str:
     for chunk in chunks:
         assert "error" not in chunk, chunk
         usage = chunk.get("usage") or usage
+        # How much of a prompt was cached depends on who came before, and nothing else does.
+        if usage is not None:
+            usage = {key: usage[key] for key in usage if key != "prompt_tokens_details"}
         for piece in chunk["choices"]:
             _add(choices.setdefault(piece["index"], {}), piece)
     # Floats are spelt so that different bits are different letters.
