@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -346,7 +347,9 @@ def test_penalties_count_what_was_sampled(engine: Engine) -> None:
     forced = {"ignore_eos": True, "logit_bias": {77: 50.0, 78: 49.0, 79: 48.0}}
     got = greedy(engine, frequency_penalty=2.0, **forced).choices[0]
     assert set(got.token_ids) == {77, 78, 79}
-    assert greedy(engine, **forced).choices[0].token_ids == (77,) * 8
+    # Which of them a model likes best is its own matter.
+    often = Counter(greedy(engine, **forced).choices[0].token_ids).most_common(1)[0][1]
+    assert Counter(got.token_ids).most_common(1)[0][1] <= 4 < often
 
 
 def test_what_the_engine_cannot_do_is_refused_before_it_is_sent(engine: Engine) -> None:
