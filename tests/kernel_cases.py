@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
-from refimpl_kernels.compiling import row_stable_options
+from refimpl_kernels.compiling import row_stable_options, short_compilation_options
 from refimpl_kernels.experts import Route
 from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 
@@ -69,7 +69,9 @@ def assert_same_bits(actual: ArrayLike, expected: ArrayLike) -> None:
 
 def row_stable(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled as programs are that promise the same bits under any load."""
-    return jax.jit(function, compiler_options=row_stable_options(jax.default_backend()) or None)
+    platform = jax.default_backend()
+    options = row_stable_options(platform) | short_compilation_options(platform)
+    return jax.jit(function, compiler_options=options or None)
 
 
 STORED_AS = ("float32", "bfloat16", "float16", "q16", "q16-", "q32", "q32-")

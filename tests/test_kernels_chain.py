@@ -4,6 +4,9 @@ A row's bits must be those it has alone: with 1 to 15 companions, at any place a
 they hold, in a program of the same shape or another. A request's tokens rest on this.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,9 +16,17 @@ from jax import Array
 from refimpl_kernels import linear as linear_module
 from refimpl_kernels.gelu import gelu
 from refimpl_kernels.linear import LinearImplementation, linear
-from refimpl_kernels.matrix import Matrix, QuantizedMatrix
+from refimpl_kernels.matrix import (
+    Matrix,
+    QuantizedMatrix,
+    dequantize,
+    padded_outputs,
+    take_columns,
+)
 from refimpl_kernels.norm import rms_norm
+from refimpl_weights.quantized import QuantizedArray
 
+from refimpl.model.device import to_device
 from tests.kernel_cases import STORED_AS, assert_same_bits, matrix, normal, row_stable
 
 MOST = 16
@@ -29,6 +40,10 @@ SHAPES = {
     # Fused projections and the way back of Gemma 3 270M.
     (640, 4096): ("float32", "q32-"),
     (2048, 640): ("bfloat16", "q32"),
+    # A unit a step, as a head has it.
+    (96, 8192): ("float32", "q16", "q32-"),
+    # More groups than are in memory at once.
+    (4096, 40): ("q16-", "q32"),
 }
 
 
@@ -73,6 +88,37 @@ def test_a_row_keeps_its_bits_through_a_narrow_gate() -> None:
     together = gated(x, given)
     for count in (1, 2, 4, 8):
         assert_same_bits(gated(x[:count], given[:count]), together[:count])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 2048), (64, 65536)])
+@pytest.mark.parametrize("implementation", ["chain", "dot"])
+def test_columns_for_the_caches_count_for_nothing(
+    inputs: int, outputs: int, implementation: LinearImplementation
+) -> None:
+    held = matrix("q32-", inputs, outputs)
+    assert isinstance(held, QuantizedMatrix)
+    missing = padded_outputs(outputs) - outputs
+    assert missing > 0
+    values = jnp.pad(held.values, ((0, 0), (0, missing)), constant_values=99)
+    padded = replace(held, values=values)
+    assert padded.shape == held.shape
+    x, ids = jnp.asarray(normal(3, inputs)), jnp.asarray([0, outputs - 1])
+    product = partial(linear, x, implementation=implementation)
+    for got, expected in (
+        (product(padded), product(held)),
+        (dequantize(padded), dequantize(held)),
+        (take_columns(padded, ids), take_columns(held, ids)),
+    ):
+        assert_same_bits(got, expected)
+
+
+def test_a_loaded_matrix_has_them() -> None:
+    values = np.arange(4096 * 32, dtype=np.int64).reshape(4096, 32).astype(np.int8)
+    stored = QuantizedArray(values, np.ones((4096, 1), np.float32), None)
+    loaded = to_device([stored])
+    assert isinstance(loaded, QuantizedMatrix)
+    assert loaded.values.shape == (32, 4096 + 64)
+    np.testing.assert_array_equal(dequantize(loaded), values.T)
 
 
 def test_a_row_of_bfloat16_does_too() -> None:

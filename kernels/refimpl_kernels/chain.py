@@ -7,13 +7,25 @@ Each output element is one chain over the inputs, from the first to the last:
 a fused multiply-add in float32, of the weight as `dequantize` gives it. Stored weights are read
 once and widened a few inputs at a time, never as a whole.
 
+A wide quantized matrix, such as a head, takes 16 inputs as a unit: a chain over the integers as
+they are, which then enters the sum with its scale (and minimum) once,
+
+    unit = 0;  unit = round(unit + x[i] * values[i, o])  for each i of the unit
+    sum = round(sum + scale * unit);  sum = round(sum - minimum * (the sum of the unit's x)).
+
+No sum is of two products, of which a compiler might round one or the other first.
+
 Two properties of XLA's CPU backend (jaxlib 0.12) give the code its form. It does not compute
 several outputs of a kernel from one reading of the weights, except that the two parts of a complex
 number are computed together: so two rows ride in one complex number. And it makes one kernel for
 one thread of a whole loop, unless the loop holds an operation that it has no kernel for, such as a
 sort: so a loop of large steps holds one, and each of its steps runs on all threads.
+
+Measured (270M, Xeon 2.8 GHz, 2 threads): by units and with `matrix.padded_outputs` the head of
+262,144 outputs takes 13 ms instead of 19 for one row, and 50 instead of 78 for eight.
 """
 
+import functools
 from functools import partial
 
 import jax
@@ -27,6 +39,9 @@ from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 # Inputs per loop step. The factors of so many inputs, for two rows, fit the vector registers of a
 # CPU; 64 are 5 to 10 times slower. Eight serve what is no multiple of sixteen.
 STEPS = (16, 8)
+
+# Outputs from which on a quantized matrix is taken by units.
+WIDE = 8192
 
 # Sums from which on a step is large enough to be worth the start of a kernel on every thread.
 MANY_SUMS = 1 << 17
@@ -58,10 +73,14 @@ def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
         return chain(rows, padded)[:, :outputs]
     wide = _paired(rows.astype(jnp.float32))
     is_large = rows.shape[0] * outputs >= MANY_SUMS
+    # Unknown to the compiler, which would leave a 0 out: then a unit began with two products.
+    zero = lax.optimization_barrier(jnp.float32(0))
 
     def add(index: Array, packed: Array) -> Array:
-        begin = step * (_through_a_sort(index) if is_large else index)
-        return _packed(_step(_unpacked(packed), wide, matrix, begin=begin, count=step))
+        begin, sums = step * (_through_a_sort(index) if is_large else index), _unpacked(packed)
+        if isinstance(matrix, QuantizedMatrix) and outputs >= WIDE:
+            return _packed(_unit(sums, wide, matrix, zero, begin=begin, count=step))
+        return _packed(_step(sums, wide, matrix, begin=begin, count=step))
 
     start = _packed([jnp.zeros((len(part), outputs)) for part in wide])
     packed = lax.fori_loop(0, inputs // step, add, start)
@@ -88,17 +107,47 @@ def _step(
     return sums
 
 
+def _unit(
+    sums: list[Float32[Array, "p o"]],
+    wide: list[Float32[Array, "p i"]],
+    matrix: QuantizedMatrix,
+    zero: Float32[Array, ""],
+    *,
+    begin: Int[Array, ""],
+    count: int,
+) -> list[Float32[Array, "p o"]]:
+    """Add to every sum the chain over a few inputs, times their scale."""
+    outputs = matrix.shape[1]
+    some = [_slice(part, begin, count, axis=1) for part in wide]
+    made = [jnp.broadcast_to(zero, total.shape) for total in sums]
+    for e in range(count):
+        values = _wide_row(matrix.values, begin + e, outputs=outputs)
+        made = [unit + x[:, e, None] * values for unit, x in zip(made, some, strict=True)]
+    block = lax.div(begin, jnp.int32(matrix.block))
+    scale = _wide_row(matrix.scales, block, outputs=outputs)
+    sums = [total + unit * scale for total, unit in zip(sums, made, strict=True)]
+    if matrix.minimums is None:
+        return sums
+    minimum = _wide_row(matrix.minimums, block, outputs=outputs)
+    whole = [functools.reduce(jnp.add, (x[:, e, None] for e in range(count))) for x in some]
+    return [total - x * minimum for total, x in zip(sums, whole, strict=True)]
+
+
 def _row(matrix: Matrix, begin: Int[Array, ""], e: int) -> Float32[Array, "1 o"]:
     """The weights of input `begin` + e. By themselves: several would be widened in memory first."""
+    wide_row = partial(_wide_row, outputs=matrix.shape[1])
     if not isinstance(matrix, QuantizedMatrix):
-        return _wide_row(matrix, begin + e)
+        return wide_row(matrix, begin + e)
     block = lax.div(begin, jnp.int32(matrix.block))
-    row = _wide_row(matrix.values, begin + e) * _wide_row(matrix.scales, block)
-    return row if matrix.minimums is None else row - _wide_row(matrix.minimums, block)
+    row = wide_row(matrix.values, begin + e) * wide_row(matrix.scales, block)
+    return row if matrix.minimums is None else row - wide_row(matrix.minimums, block)
 
 
-def _wide_row(array: Array, index: Int[Array, ""]) -> Float32[Array, "1 o"]:
-    return _slice(array, index, 1).astype(jnp.float32)
+def _wide_row(array: Array, index: Int[Array, ""], *, outputs: int) -> Float32[Array, "1 o"]:
+    # The columns beyond are there for the caches alone; see `matrix.padded_outputs`.
+    begin = (index, jnp.int32(0))
+    row = lax.dynamic_slice(array, begin, (1, outputs), allow_negative_indices=False)
+    return row.astype(jnp.float32)
 
 
 def _paired(rows: Float32[Array, "r i"]) -> list[Float32[Array, "p i"]]:

@@ -1,4 +1,4 @@
-"""What to tell the compiler: what to trace once, how rows keep their bits, how wide vectors are."""
+"""What to tell the compiler: what to trace once, how rows keep their bits, what not to try."""
 
 import functools
 from collections.abc import Callable
@@ -59,12 +59,31 @@ def row_stable_options(platform: str) -> dict[str, str]:
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
 
 
+def short_compilation_options(platform: str) -> dict[str, str]:
+    """Compiler options for `jax.jit` that leave out passes which find nothing in our programs.
+
+    XLA repeats its simplifications until nothing changes, each time over the whole program; 14 of the
+    20 seconds that the 18 unrolled layers of a decode step take to compile are such passes. One of
+    these four moves reshapes, one operation a round; three look for what could leave a loop or end
+    it, where ours hold a single step.
+    """
+    if platform != "cpu":
+        return {}
+    passes = (
+        "reshape-mover",
+        "simplify-while-loops",
+        "while-loop-invariant-code-motion",
+        "while-loop-constant-sinking",
+    )
+    return {"xla_disable_hlo_passes": ",".join(passes)}
+
+
 def wide_vector_options(platform: str) -> dict[str, str]:
     """Compiler options for `jax.jit` that let a CPU use the widest vectors it has.
 
     XLA keeps to 256 bits where a processor has 512, for fear of lower clock rates. Products with
     many rows took a fifth to a third less time with 512 (Xeon with AVX-512, 2.8 GHz). But then
-    decode of 16 rows gave log-probabilities that differed in the last bits from those of a row
-    alone, and of up to 8 rows it did not: do not use this where rows must keep their bits.
+    log-probabilities of narrow models differ in the last bits with the number of rows: do not use
+    this where rows must keep their bits.
     """
     return {"xla_cpu_prefer_vector_width": "512"} if platform == "cpu" else {}

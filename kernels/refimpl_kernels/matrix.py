@@ -18,16 +18,17 @@ from jaxtyping import Float, Float32, Int, Int8
 class QuantizedMatrix:
     """weight[i, o] = scales[i // block, o] * values[i, o] - minimums[i // block, o].
 
-    The device's form of a GGUF matrix: losslessly the file's numbers, transposed to [i, o].
+    The device's form of a GGUF matrix: losslessly the file's numbers, transposed to [i, o]. The
+    integers may have more columns, which nothing reads; see `padded_outputs`.
     """
 
-    values: Int8[Array, "i o"]
+    values: Int8[Array, "i p"]
     scales: Float32[Array, "j o"]
     minimums: Float32[Array, "j o"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        return self.values.shape[0], self.scales.shape[1]
 
     @property
     def block(self) -> int:
@@ -41,6 +42,26 @@ class QuantizedMatrix:
 
 Matrix = Array | QuantizedMatrix
 
+# Bytes of a cache line and of a page.
+_LINE, _PAGE = 64, 4096
+
+
+def padded_outputs(outputs: int) -> int:
+    """Columns to store int8 values in, so that neighbouring rows do not fight for one place.
+
+    A place in a CPU's first cache is chosen by the address within a page, and one in its table of
+    pages by the last bits of the page's number. Rows a multiple of half a page apart share few
+    places: for these a row is a line longer; and a page longer, too, where rows are a multiple of
+    16 pages apart. With it eight rows times a head of 262,144 outputs, by units (see `chain.py`),
+    took 47 ms instead of 68.
+    """
+    padded = outputs
+    if outputs % (_PAGE // 2) == 0:
+        padded += _LINE
+    if outputs % (16 * _PAGE) == 0:
+        padded += _PAGE
+    return padded
+
 
 def dequantize(matrix: QuantizedMatrix) -> Float32[Array, "i o"]:
     """The weights as float32, equal bit for bit to ggml's dequantisation.
@@ -48,8 +69,8 @@ def dequantize(matrix: QuantizedMatrix) -> Float32[Array, "i o"]:
     Under any compiler: integers and scales of every ggml type have at most 24 significant bits
     together, so a product is exact, and fusing it with the difference rounds no differently.
     """
-    i, o = matrix.values.shape
-    blocks = matrix.values.reshape(-1, matrix.block, o).astype(jnp.float32)
+    i, o = matrix.shape
+    blocks = matrix.values[:, :o].reshape(-1, matrix.block, o).astype(jnp.float32)
     blocks = blocks * matrix.scales[:, None]
     if matrix.minimums is not None:
         blocks = blocks - matrix.minimums[:, None]

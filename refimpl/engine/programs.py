@@ -11,7 +11,7 @@
 
 Why a request gets the same bits whatever else runs: a prompt is cut by its own length alone
 (`chunks_of`) and prefilled by itself. In decode each row's numbers come from kernels that treat a
-row alike at any width W and in any place: `linear` as a chain, blocked attention over the slot's
+row alike at any width W and in any place: `linear` as chains, blocked attention over the slot's
 own blocks of positions, sums over the vocabulary in an order of their own, all compiled with
 `row_stable_options`. A sum that the compiler may contract differently in another program stands
 behind a barrier. The tests hold every width, slot and number of steps against each other. A
@@ -26,7 +26,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from refimpl_kernels.compiling import row_stable_options, wide_vector_options
+from refimpl_kernels.compiling import (
+    row_stable_options,
+    short_compilation_options,
+    wide_vector_options,
+)
 
 from refimpl.engine import slots as on_slots
 from refimpl.engine.packing import ADMISSION_FLOATS, ADMISSION_INTEGERS, MAX_STOP_IDS
@@ -210,6 +214,7 @@ class Programs:
         platform = jax.default_backend()
         options = {
             **row_stable_options(platform),
+            **short_compilation_options(platform),
             **(wide_vector_options(platform) if self.throughput else {}),
             **self.gemma.numerics.compiler_options,
         }

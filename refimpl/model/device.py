@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from refimpl_kernels.matrix import QuantizedMatrix
+from refimpl_kernels.matrix import QuantizedMatrix, padded_outputs
 from refimpl_weights.quantized import QuantizedArray
 
 from refimpl.model.join import join_outputs
@@ -28,14 +28,14 @@ def to_device(parts: list[np.ndarray | QuantizedArray]) -> Array | QuantizedMatr
     parts.clear()
     if isinstance(whole, QuantizedArray):
         return QuantizedMatrix(
-            values=_transposed(whole.values),
+            values=_transposed(whole.values, is_padded=True),
             scales=_transposed(whole.scales),
             minimums=None if whole.minimums is None else _transposed(whole.minimums),
         )
     return jnp.asarray(whole) if whole.ndim == 1 else _transposed(whole)
 
 
-def _transposed(array: np.ndarray, *, band: int = 512) -> Array:
+def _transposed(array: np.ndarray, *, is_padded: bool = False, band: int = 512) -> Array:
     """A transposed copy on the device.
 
     Made in bands that fit the processor's cache, several times faster than in one go, and in
@@ -43,9 +43,13 @@ def _transposed(array: np.ndarray, *, band: int = 512) -> Array:
     come to lie side by side.
     """
     array = array.reshape(-1, array.shape[-1])
-    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    outputs, inputs = array.shape
+    columns = padded_outputs(outputs) if is_padded else outputs
+    size = inputs * columns * array.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    turned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape[::-1])
-    for row in range(0, array.shape[0], band):
-        turned[:, row : row + band] = array[row : row + band].T
+    turned = memory[start : start + size].view(array.dtype).reshape(inputs, columns)
+    turned[:, outputs:] = 0
+    for row in range(0, outputs, band):
+        turned[:, row : min(row + band, outputs)] = array[row : row + band].T
     return jax.device_put(turned, may_alias=True)
