@@ -62,10 +62,10 @@ def row_stable_options(platform: str) -> dict[str, str]:
 def short_compilation_options(platform: str) -> dict[str, str]:
     """Compiler options for `jax.jit` that leave out passes which find nothing in our programs.
 
-    XLA repeats its simplifications until nothing changes, each time over the whole program; 14 of the
-    20 seconds that the 18 unrolled layers of a decode step take to compile are such passes. One of
-    these four moves reshapes, one operation a round; three look for what could leave a loop or end
-    it, where ours hold a single step.
+    XLA repeats its simplifications until nothing changes, each time over the whole program, and
+    these passes are most of what the unrolled layers of a decode step take to compile. One of the
+    four moves reshapes, one operation a round; three look for what could leave a loop or end it,
+    where ours hold a single step.
     """
     if platform != "cpu":
         return {}
