@@ -67,7 +67,7 @@ def assert_same_bits(actual: ArrayLike, expected: ArrayLike) -> None:
     assert not differ.any(), f"{differ.sum()} of {differ.size} elements differ"
 
 
-def row_stable(function: Callable[..., Any]) -> Callable[..., Any]:
+def row_stable(function: Callable[..., Any]) -> jax.stages.Wrapped:
     """The function compiled as programs are that promise the same bits under any load."""
     platform = jax.default_backend()
     options = row_stable_options(platform) | short_compilation_options(platform)

@@ -1,7 +1,8 @@
-"""What blocked attention promises beside the right numbers: bits that no neighbour changes.
+"""What attention over blocks promises beside the right numbers: bits that no neighbour changes.
 
 A row's bits must be those it has alone in a full-length cache: in a ring, in a longer cache, beside
-rows that are longer or empty, over whatever old keys lie where it may not look.
+rows that are longer or empty, over whatever old keys lie where it may not look. With one query a
+row, both forms are held to it.
 """
 
 import inspect
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refimpl_kernels.attention import blocked_attention
+from refimpl_kernels.attention import AttentionImplementation, blocked_attention
+from refimpl_kernels.attention_rows import row_attention
 
 from tests.kernel_cases import AttentionCase, assert_same_bits, row_stable
 
@@ -28,23 +30,63 @@ GLOBAL = {
     16: AttentionCase(t=2, s=64, lengths=(1, 9, 40, 0, 17, 64, 8, 33), n=4, k=2, h=16),
     256: AttentionCase(t=1, s=512, lengths=(5, 512, 130, 0, 256, 128, 1, 300), n=4, k=1, h=256),
 }
+ONE_QUERY = {
+    "local": LOCAL[16]._replace(t=1),
+    "global": GLOBAL[16]._replace(t=1),
+    "local 256": LOCAL[256],
+    "global 256": GLOBAL[256],
+}
 every_head = pytest.mark.parametrize("h", BLOCKS)
 
 
 @cache
-def program(h: int, window: int | None) -> Any:
+def program(h: int, window: int | None, implementation: AttentionImplementation) -> Any:
     """Compiled anew for every shape, as programs are that promise the same bits."""
+    attention = {"blocked": blocked_attention, "rows": row_attention}[implementation]
 
     def run(heads: Any, positions: Any) -> Any:
         shape = {"scale": h**-0.5, "window": window, "cap": 50.0, "block": BLOCKS[h]}
-        return blocked_attention(*heads, **positions, **shape)
+        return attention(*heads, **positions, **shape)
 
     return row_stable(run)
 
 
-def attend(case: AttentionCase, arrays: Any = None) -> np.ndarray:
+def attend(
+    case: AttentionCase, arrays: Any = None, implementation: AttentionImplementation = "blocked"
+) -> np.ndarray:
     heads, positions = case.arrays() if arrays is None else arrays
-    return np.asarray(program(case.h, case.window)(heads, positions))
+    return np.asarray(program(case.h, case.window, implementation)(heads, positions))
+
+
+@pytest.mark.parametrize("name", ONE_QUERY)
+def test_rows_one_after_the_other_keep_their_bits(name: str) -> None:
+    """In a ring or a longer cache, alone or among others, over whatever lies out of sight."""
+    case = ONE_QUERY[name]
+    rows = partial(attend, implementation="rows")
+    (query, key, value), positions = jax.tree.map(np.array, case.arrays())
+    together = rows(case)
+    longer = -(-max(case.lengths) // BLOCKS[case.h]) * BLOCKS[case.h] + case.s
+    assert_same_bits(rows(case._replace(s=longer)), together)
+    for row, length in enumerate(case.lengths):
+        held = positions["key_positions"][row]
+        unseen = held < 0 if case.window is None else (held < 0) | (held < length - case.window)
+        key[row, unseen], value[row, unseen] = 1e30, -1e30
+        arrays = (query, key, value), positions
+        alone = jax.tree.map(lambda array, row=row: jnp.asarray(array[row : row + 1]), arrays)
+        assert_same_bits(rows(case, alone), together[row : row + 1])
+
+
+@pytest.mark.parametrize("name", ONE_QUERY)
+def test_rows_one_after_the_other_are_blocked_attention(name: str) -> None:
+    case = ONE_QUERY[name]
+    # Sums of up to 512 products of values near 1 in another order.
+    np.testing.assert_allclose(attend(case, implementation="rows"), attend(case), atol=3e-6, rtol=0)
+
+
+def test_rows_one_after_the_other_take_one_query_each() -> None:
+    heads, positions = AttentionCase(t=2).arrays()
+    with pytest.raises(NotImplementedError, match="one query a row, got 2; use blocked_attention"):
+        inspect.unwrap(row_attention)(*heads, **positions, scale=1.0, block=8)
 
 
 @every_head

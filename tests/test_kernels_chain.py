@@ -47,7 +47,7 @@ SHAPES = {
 }
 
 
-@jax.jit
+@row_stable
 def compiled(x: Array, weights: dict[str, Matrix]) -> dict[str, Array]:
     """Compiled anew for every number of rows, as for programs of several widths."""
     return {name: linear(x, weight, implementation="chain") for name, weight in weights.items()}
@@ -169,7 +169,7 @@ def temporary_bytes(stored_as: str, *, implementation: LinearImplementation, row
     else:
         arguments += [((inputs, outputs), stored_as)]
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
-    analysis = jax.jit(head).lower(*shapes).compile().memory_analysis()
+    analysis = row_stable(head).lower(*shapes).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
 

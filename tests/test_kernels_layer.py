@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from refimpl_kernels.attention import blocked_attention
+from refimpl_kernels.attention_rows import row_attention
 from refimpl_kernels.gelu import gelu
 from refimpl_kernels.linear import linear
 from refimpl_kernels.norm import rms_norm
@@ -51,7 +51,7 @@ def layer(
     angles = rope_angles(positions["query_positions"], head_width=CASE.h, theta=1e4)
     query = chain(norm(x, "scale"), "query").reshape(*x.shape[:2], CASE.n, CASE.h)
     query = apply_rope(norm(query, "query_scale"), angles)
-    mixed = blocked_attention(
+    mixed = row_attention(
         query,
         key,
         value,

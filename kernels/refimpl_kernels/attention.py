@@ -6,6 +6,7 @@ memory a key lies.
 
     dense    all scores at once. Can round as the bfloat16 references do, and can hand out scores.
     blocked  running softmax (arXiv 1805.02867) over fixed blocks of positions; float32 only.
+    rows     the same for one query a row, one row after the other; see `attention_rows.py`.
 
 Why fixed blocks: a sum over s depends in its last bits on how it is split. "blocked" splits by
 absolute position (block j holds positions j*block .. j*block + block - 1), visits the blocks in
@@ -23,7 +24,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from refimpl_kernels.compiling import traced_once
 
-AttentionImplementation = Literal["dense", "blocked"]
+AttentionImplementation = Literal["dense", "blocked", "rows"]
 Rounding = Literal["float32", "activation"]
 ScaleSite = Literal["scores", "query"]
 
@@ -130,21 +131,12 @@ def blocked_attention(
     Raises:
         NotImplementedError: inputs are not float32, or s is not a multiple of the block.
     """
-    if not query.dtype == key.dtype == value.dtype == jnp.float32:
-        raise NotImplementedError(
-            f"blocked attention computes in float32, got {query.dtype}, {key.dtype} and "
-            f"{value.dtype}; use dense_attention, which can round as the bfloat16 references do"
-        )
-    if key.shape[1] % block:
-        raise NotImplementedError(
-            f"blocked attention needs a key length that is a multiple of {block}, "
-            f"got {key.shape[1]}"
-        )
+    check_blocks(query, key, value, block=block)
     b, t, n, h = query.shape
     k = key.shape[2]
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
 
-    first, count = _block_range(query_positions, window=window, block=block)
+    first, count = block_range(query_positions, window=window, block=block)
     rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -171,7 +163,25 @@ def blocked_attention(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
-def _block_range(
+def check_blocks(query: Array, key: Array, value: Array, *, block: int) -> None:
+    """Refuse what attention over blocks cannot do.
+
+    Raises:
+        NotImplementedError: arrays that are not float32, or s is not a multiple of the block.
+    """
+    if not query.dtype == key.dtype == value.dtype == jnp.float32:
+        raise NotImplementedError(
+            f"blocked attention computes in float32, got {query.dtype}, {key.dtype} and "
+            f"{value.dtype}; use dense_attention, which can round as the bfloat16 references do"
+        )
+    if key.shape[1] % block:
+        raise NotImplementedError(
+            f"blocked attention needs a key length that is a multiple of {block}, "
+            f"got {key.shape[1]}"
+        )
+
+
+def block_range(
     query_positions: Int[Array, "b t"], *, window: int | None, block: int
 ) -> tuple[Int[Array, " b"], Int[Array, ""]]:
     """The first block that each row needs, and how many the neediest row needs."""

@@ -7,11 +7,12 @@ from typing import Any, cast
 import jax
 from jax.core import Tracer
 
-# Fewest entries of a row that an operation with products and sums takes as they are. LLVM rounds a
-# product and its sum once, with a fused multiply-add, except where it makes vectors across narrow
-# rows: then it rounds twice, for some numbers of rows and not for others. Seen with up to 8
-# entries; 16 fill any vector. Narrower rows are padded, behind a barrier that keeps the padding.
-LEAST_WIDTH = 16
+# Entries in the widest vector of a CPU, in float32. What lies beyond a row's last whole vector is
+# computed by other instructions, which may round a product and its sum twice instead of once, or
+# take another approximation of tanh; and which entries these are depends on the number of rows. So
+# operations with products and sums pad their rows to whole vectors, behind a barrier that keeps the
+# padding. Rows of released models are whole vectors.
+LANES = 16
 
 
 def traced_once[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -48,6 +49,10 @@ def row_stable_options(platform: str) -> dict[str, str]:
     otherwise on seven rows than on six, and attention otherwise for two requests than for one.
     The options leave YNNPACK only what no kernel here uses; XLA's own loops take each row alike.
 
+    They also let a CPU use the widest vectors it has. XLA keeps to 256 bits where a processor has
+    512, for fear of lower clock rates; a decode step of eight rows took a fifth less time with 512
+    (270M, Xeon with AVX-512).
+
     Programs whose rows belong to different requests must be compiled with these options.
 
     Args:
@@ -56,7 +61,10 @@ def row_stable_options(platform: str) -> dict[str, str]:
     """
     if platform != "cpu":
         return {}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
+    return {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
+        "xla_cpu_prefer_vector_width": "512",
+    }
 
 
 def short_compilation_options(platform: str) -> dict[str, str]:
@@ -76,14 +84,3 @@ def short_compilation_options(platform: str) -> dict[str, str]:
         "while-loop-constant-sinking",
     )
     return {"xla_disable_hlo_passes": ",".join(passes)}
-
-
-def wide_vector_options(platform: str) -> dict[str, str]:
-    """Compiler options for `jax.jit` that let a CPU use the widest vectors it has.
-
-    XLA keeps to 256 bits where a processor has 512, for fear of lower clock rates. Products with
-    many rows took a fifth to a third less time with 512 (Xeon with AVX-512, 2.8 GHz). But then
-    log-probabilities of narrow models differ in the last bits with the number of rows: do not use
-    this where rows must keep their bits.
-    """
-    return {"xla_cpu_prefer_vector_width": "512"} if platform == "cpu" else {}

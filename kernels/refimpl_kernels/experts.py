@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int
 
-from refimpl_kernels.compiling import LEAST_WIDTH, traced_once
+from refimpl_kernels.compiling import LANES, traced_once
 from refimpl_kernels.gelu import Rounding, gelu
 from refimpl_kernels.linear import LinearImplementation, linear
 from refimpl_kernels.matrix import Matrix, slice_columns
@@ -55,7 +55,7 @@ def route(scores: Float[Array, "r e"], *, chosen: int) -> Route:
 
     Of equal scores the lower expert wins.
     """
-    missing = max(LEAST_WIDTH - scores.shape[-1], 0)
+    missing = -scores.shape[-1] % LANES
     wide = jnp.pad(scores.astype(jnp.float32), ((0, 0), (0, missing)), constant_values=-jnp.inf)
     likelihood = lax.optimization_barrier(jax.nn.softmax(wide, axis=-1))
     highest, experts = lax.top_k(likelihood, chosen)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from refimpl_kernels.compiling import LEAST_WIDTH, traced_once
+from refimpl_kernels.compiling import LANES, traced_once
 
 Rounding = Literal["float32", "activation"]
 
@@ -21,10 +21,10 @@ def gelu(x: Float[Array, "*a"], *, rounding: Rounding = "float32") -> Float[Arra
     Args:
         rounding: "float32" rounds once at the end (PyTorch); "activation" rounds each step (JAX).
     """
-    width = x.shape[-1] if x.ndim else LEAST_WIDTH
-    if width < LEAST_WIDTH:
+    width = x.shape[-1] if x.ndim else LANES
+    if width % LANES:
         around = [(0, 0)] * (x.ndim - 1)
-        wide = gelu(jnp.pad(x, [*around, (0, LEAST_WIDTH - width)]), rounding=rounding)
+        wide = gelu(jnp.pad(x, [*around, (0, -width % LANES)]), rounding=rounding)
         return lax.optimization_barrier(wide)[..., :width]
     dtype = jnp.dtype(jnp.float32) if rounding == "float32" else x.dtype
     return jax.nn.gelu(x.astype(dtype), approximate=True).astype(x.dtype)

@@ -64,8 +64,20 @@ def _mean_square(x: Array) -> Array:
 
 
 def _normalise(x: Array, scale: Array | None, epsilon: float, offset: float) -> Array:
-    normalised = x * jax.lax.rsqrt(_mean_square(x) + jnp.asarray(epsilon, x.dtype))
+    mean_square = _mean_square(x) + jnp.asarray(epsilon, x.dtype)
+    normalised = x * _inverse_root(mean_square)
     if scale is None:
         return normalised
     factor = jnp.asarray(offset, x.dtype) + scale.astype(x.dtype)
     return normalised * jnp.expand_dims(factor, range(x.ndim - 1))
+
+
+def _inverse_root(square: Array) -> Array:
+    """1 / sqrt(square), rounded to the type of the square once, after both steps in float32.
+
+    Not rsqrt: XLA's CPU backend has one for each width of vector, and they round differently. The
+    barrier keeps it from making one of the two steps; the root comes last because it halves the
+    error of what it is taken of.
+    """
+    inverse = jax.lax.optimization_barrier(1 / square.astype(jnp.float32))
+    return jnp.sqrt(inverse).astype(square.dtype)

@@ -29,7 +29,6 @@ from jax import Array
 from refimpl_kernels.compiling import (
     row_stable_options,
     short_compilation_options,
-    wide_vector_options,
 )
 
 from refimpl.engine import slots as on_slots
@@ -215,7 +214,6 @@ class Programs:
         options = {
             **row_stable_options(platform),
             **short_compilation_options(platform),
-            **(wide_vector_options(platform) if self.throughput else {}),
             **self.gemma.numerics.compiler_options,
         }
         donated = 1 if is_donated else ()

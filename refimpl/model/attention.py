@@ -9,6 +9,7 @@ from refimpl_kernels.attention import (
     dense_attention,
     visible,
 )
+from refimpl_kernels.attention_rows import row_attention
 from refimpl_kernels.rope import apply_rope
 
 from refimpl.model.cache import KVCache, Memory
@@ -73,7 +74,7 @@ class Attention(nnx.Module):
             What to add to the stream, and the memory with this layer's keys and values.
 
         Raises:
-            NotImplementedError: blocked attention was asked for scores, or for bfloat16.
+            NotImplementedError: attention over blocks was asked for scores, or for bfloat16.
         """
         heads = self.query_key_value(x, implementation=implementations.linear)
         heads = heads.reshape(*x.shape[:2], -1, self.spec.head_width)
@@ -115,13 +116,15 @@ class Attention(nnx.Module):
         taps: Taps,
     ) -> Float[Array, "b t n h"]:
         key_positions = memory.key_positions(self.spec.kind)
-        if implementations.attention == "blocked":
+        if implementations.attention != "dense":
             if taps.wants("scores") or not isinstance(memory, KVCache):
                 raise NotImplementedError(
                     "blocked attention needs a cache and never holds all scores at once; "
                     "use implementations with attention='dense'"
                 )
-            return blocked_attention(
+            by_rows = implementations.attention == "rows" and query.shape[1] == 1
+            attend = row_attention if by_rows else blocked_attention
+            return attend(
                 query,
                 keys,
                 values,
