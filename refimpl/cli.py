@@ -232,13 +232,6 @@ def bench(
     cold: Annotated[
         bool, typer.Option("--cold", help="Compile everything anew, too, which takes minutes.")
     ] = False,
-    throughput: Annotated[
-        bool,
-        typer.Option(
-            "--throughput",
-            help="Measure our engine where it may be faster at the cost of the same last bits.",
-        ),
-    ] = False,
     server: Annotated[
         bool,
         typer.Option(
@@ -268,7 +261,6 @@ def bench(
         threads=threads,
         is_quick=quick,
         is_cold=cold,
-        throughput=throughput,
     )
     if server:
         print_server_benchmark(plan, as_json=as_json)

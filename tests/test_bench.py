@@ -209,7 +209,7 @@ def test_json_report() -> None:
         "model": {"name": "model.gguf", "weight_bytes_per_step": 200},
         "plan": {
             "subjects": ["refimpl", "llama.cpp"], "streams": [1, 4], "prefill": [100, 200],
-            "tokens": 10, "repeat": 3, "threads": 2, "throughput": False,
+            "tokens": 10, "repeat": 3, "threads": 2,
         },
     }  # fmt: skip
     assert [row["key"] for row in rows] == [

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,8 +193,6 @@ def test_the_engine_that_is_measured(monkeypatch: pytest.MonkeyPatch, is_for_one
     assert make_engine("a model", setup) == (
         "a model", EngineOptions(slots=4, context=256, compile_at_start=not is_for_one),
     )  # fmt: skip
-    _, options = make_engine("a model", replace(setup, throughput=True))
-    assert options.throughput
 
 
 # Fresh processes.

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from refimpl.engine.engine import Engine, EngineOptions
+from refimpl.engine.engine import Engine
 from refimpl.engine.events import (
     Admitted,
     Completion,
@@ -39,7 +39,6 @@ from tests.engines import (
     random_requests,
     request_of,
     tiny_engine,
-    tiny_gemma,
     tiny_programs,
     with_params,
 )
@@ -762,17 +761,3 @@ def test_a_closed_loop_is_forgotten() -> None:
     gone = asyncio.run(inbox())
     gc.collect()
     assert gone() is None
-
-
-@pytest.mark.parametrize("throughput", [False, True])
-def test_wide_vectors_are_for_those_who_ask(throughput: bool, monkeypatch) -> None:
-    engine = Engine(tiny_gemma("gemma3"), EngineOptions(throughput=throughput))
-    given = dict[str, Any]()
-
-    def jit(program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        given.update(options["compiler_options"])
-        return program
-
-    monkeypatch.setattr(jax, "jit", jit)
-    assert callable(engine._programs.decode)
-    assert ("xla_cpu_prefer_vector_width" in given) is throughput

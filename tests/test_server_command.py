@@ -359,7 +359,6 @@ def test_a_fingerprint_follows_whatever_a_reply_depends_on(tmp_path: Path) -> No
     seen = {
         first,
         of(numerics="hf_bfloat16"),
-        of(throughput=True),
         of(parameters={"embed": np.zeros((3, 2), np.float32)}),
         of(parameters={"other": np.zeros((2, 3), np.float32)}),
     }

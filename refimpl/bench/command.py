@@ -32,7 +32,6 @@ def make_plan(
     threads: int | None = None,
     is_quick: bool = False,
     is_cold: bool = False,
-    throughput: bool = False,
 ) -> Plan:
     """The plan that options ask for; None is the default, which `is_quick` makes smaller.
 
@@ -54,7 +53,6 @@ def make_plan(
         tokens=default_tokens if tokens is None else tokens,
         threads=num_cores() if threads is None else threads,
         is_cold=is_cold,
-        throughput=throughput,
     )
 
 

@@ -28,7 +28,6 @@ def make_engine(gemma: Any, setup: Setup) -> Any:
         slots=setup.slots,
         context=setup.context,
         compile_at_start=not setup.is_for_one,
-        throughput=setup.throughput,
     )
     return Engine(gemma, options)
 

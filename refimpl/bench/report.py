@@ -104,7 +104,6 @@ def to_json(report: Report) -> dict[str, Any]:
             "tokens": plan.tokens,
             "repeat": plan.repeat,
             "threads": plan.threads,
-            "throughput": plan.throughput,
         },
         "rows": [
             {
@@ -191,8 +190,6 @@ def _caption(report: Report) -> str:
             f"weights read: {report.weight_bytes / 1e6:,.0f} MB as the file stores them, times "
             f"steps a second of the row '{decode_quantity(min(plan.streams)).label}'"
         )
-    if plan.throughput:
-        lines.append(f"{OURS} ran with --throughput: last bits may depend on company")
     if plan.peer is not None:
         lines.append(f"ratio: {OURS} / {plan.peer}, which computes with {plan.threads} threads")
     return "\n".join(lines)

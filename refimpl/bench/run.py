@@ -55,7 +55,6 @@ class Plan:
         repeat: turns of each subject at each quantity.
         threads: of the peer.
         is_cold: whether to measure compilation from nothing, which takes minutes.
-        throughput: whether to measure our engine with its option of that name.
     """
 
     path: Path
@@ -66,7 +65,6 @@ class Plan:
     repeat: int = 5
     threads: int = 1
     is_cold: bool = False
-    throughput: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1, and nothing to measure.
@@ -99,7 +97,6 @@ class Plan:
             slots=1,
             context=1024,
             is_for_one=True,
-            throughput=self.throughput,
         )
 
     @property
@@ -111,7 +108,6 @@ class Plan:
             threads=self.threads,
             slots=max(self.streams),
             context=-(-longest // _BLOCK) * _BLOCK,
-            throughput=self.throughput,
         )
 
 

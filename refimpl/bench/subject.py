@@ -35,7 +35,6 @@ class Setup:
         context: most positions of a stream.
         is_for_one: whether to make ready for one short completion, as `refimpl complete` does,
             rather than for serving: nothing is compiled before it is needed.
-        throughput: whether to measure the engine's option of that name.
     """
 
     path: Path
@@ -43,7 +42,6 @@ class Setup:
     slots: int
     context: int
     is_for_one: bool = False
-    throughput: bool = False
 
 
 @runtime_checkable

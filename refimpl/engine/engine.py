@@ -42,8 +42,6 @@ class EngineOptions:
             keeps its slots meanwhile, and is still held to its deadline.
         compile_at_start: compile every program before the first request. False compiles each at
             its first use, which is sooner done where one request is all there is.
-        throughput: allow what is faster though the last bits of log-probabilities may then depend
-            on how many requests run together: vectors of 512 bits, on CPUs that have them.
     """
 
     slots: int = 8
@@ -52,7 +50,6 @@ class EngineOptions:
     prefix_bytes: int = 128 << 20
     max_unread: int = 64
     compile_at_start: bool = True
-    throughput: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that no engine can have.
@@ -94,7 +91,6 @@ class Engine:
             slots=self.options.slots,
             context=self.context,
             max_steps=self.options.steps,
-            throughput=self.options.throughput,
         )
         self._keys = itertools.count()
         self._lock = threading.Lock()

@@ -32,6 +32,7 @@ from refimpl_kernels.compiling import (
 )
 
 from refimpl.engine import slots as on_slots
+from refimpl.engine.executables import store_of_this_machine, uncached
 from refimpl.engine.packing import ADMISSION_FLOATS, ADMISSION_INTEGERS, MAX_STOP_IDS
 from refimpl.engine.state import DecodeState
 from refimpl.engine.steps import Steps
@@ -71,6 +72,53 @@ def chunks_of(num_tokens: int, *, start: int = 0) -> list[Chunk]:
     return cut
 
 
+class Program:
+    """A function for arrays of several shapes, of which each is compiled once, or read from disk.
+
+    Attributes:
+        name: of the function.
+    """
+
+    def __init__(self, name: str, function: jax.stages.Wrapped, *, depends_on: str) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            name: of the function.
+            function: as `jax.jit` gives it.
+            depends_on: everything but its arrays, and what all functions depend on, that could
+                make it another function.
+        """
+        self.name = name
+        self._function, self._depends_on = function, depends_on
+        self._store = store_of_this_machine()
+        self._ready = dict[tuple[Any, ...], Callable[..., Any]]()
+
+    def __call__(self, parameters: Any, *arrays: Any) -> Any:
+        # The parameters are always those of one model, and what comes first of the rest is its
+        # state, unless it is a stream: the last array's shape tells one form from another.
+        if self._store is None:
+            return self._function(parameters, *arrays)
+        last = jax.tree.leaves(arrays[-1])[0]
+        form = (last.shape, last.dtype)
+        executable = self._ready.get(form)
+        if executable is None:
+            executable = self._ready[form] = self._prepared(parameters, *arrays)
+        return executable(parameters, *arrays)
+
+    def _prepared(self, *arguments: Any) -> Callable[..., Any]:
+        assert self._store is not None
+        leaves, tree = jax.tree.flatten(arguments)
+        shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]
+        description = "\n".join((self._depends_on, str(tree), *shapes))
+        kept = self._store.get(self.name, description)
+        if kept is not None:
+            return kept
+        with uncached():
+            compiled = self._function.lower(*arguments).compile()
+        self._store.put(self.name, description, compiled)
+        return compiled
+
+
 @dataclass(frozen=True, kw_only=True)
 class Programs:
     """The programs of one model, for one number of slots. Each compiles at its first call.
@@ -82,14 +130,12 @@ class Programs:
         slots: rows of the state.
         context: positions that a slot can hold.
         max_steps: most steps of one call of decode.
-        throughput: compile for speed where that may change last bits with the company of a row.
     """
 
     gemma: Gemma
     slots: int
     context: int
     max_steps: int = 1
-    throughput: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -117,32 +163,32 @@ class Programs:
     @cached_property
     def prefill(self) -> Callable[..., tuple[DecodeState, Array]]:
         """(parameters, state, [slot, start, count, *tokens]) -> state, stream "t d"."""
-        return self._compiled(self._steps.prefill)
+        return self._compiled("prefill", self._steps.prefill)
 
     @cached_property
     def score(self) -> Callable[..., Array]:
         """(parameters, stream "t d", targets "t") -> rows "t SCORE_FIELDS"."""
-        return self._compiled(self._steps.score, is_donated=False)
+        return self._compiled("score", self._steps.score, is_donated=False)
 
     @cached_property
     def decode(self) -> Callable[..., tuple[DecodeState, Array]]:
         """(parameters, state, [steps, *slots]) -> state, rows "max_steps w STEP_FIELDS"."""
-        return self._compiled(self._steps.decode)
+        return self._compiled("decode", self._steps.decode)
 
     @cached_property
     def admit(self) -> Callable[..., DecodeState]:
         """(parameters, state, packed admission) -> state."""
-        return self._compiled(_without_parameters(on_slots.admit))
+        return self._compiled("admit", _without_parameters(on_slots.admit))
 
     @cached_property
     def bias(self) -> Callable[..., DecodeState]:
         """(parameters, state, [slot], bias "v", in_prompt "v") -> state."""
-        return self._compiled(_without_parameters(on_slots.set_bias))
+        return self._compiled("bias", _without_parameters(on_slots.set_bias))
 
     @cached_property
     def fork(self) -> Callable[..., DecodeState]:
         """(parameters, state, [from, to]) -> state."""
-        return self._compiled(_without_parameters(on_slots.fork))
+        return self._compiled("fork", _without_parameters(on_slots.fork))
 
     @cached_property
     def save(self) -> Callable[..., on_slots.Block]:
@@ -151,17 +197,17 @@ class Programs:
         def save(state: DecodeState, packed: Array) -> on_slots.Block:
             return on_slots.save(state.cache, packed)
 
-        return self._compiled(_without_parameters(save), is_donated=False)
+        return self._compiled("save", _without_parameters(save), is_donated=False)
 
     @cached_property
     def load(self) -> Callable[..., DecodeState]:
         """(parameters, state, [slot, start], block) -> state."""
-        return self._compiled(_without_parameters(on_slots.load))
+        return self._compiled("load", _without_parameters(on_slots.load))
 
     @cached_property
     def reset(self) -> Callable[..., DecodeState]:
         """(parameters, state, [slot]) -> state."""
-        return self._compiled(_without_parameters(on_slots.reset))
+        return self._compiled("reset", _without_parameters(on_slots.reset))
 
     def warm_up(self, state: DecodeState) -> Iterator[tuple[str, Callable[[], DecodeState]]]:
         """Each program by name, with a call that changes nothing of use and compiles it.
@@ -207,7 +253,7 @@ class Programs:
         return Steps(self.gemma, self.max_steps)
 
     def _compiled(
-        self, program: Callable[..., Any], *, is_donated: bool = True
+        self, name: str, program: Callable[..., Any], *, is_donated: bool = True
     ) -> Callable[..., Any]:
         # The state is donated: it comes back as the result, and its memory is written in place.
         platform = jax.default_backend()
@@ -217,7 +263,13 @@ class Programs:
             **self.gemma.numerics.compiler_options,
         }
         donated = 1 if is_donated else ()
-        return jax.jit(program, donate_argnums=donated, compiler_options=options or None)
+        function = jax.jit(program, donate_argnums=donated, compiler_options=options or None)
+        gemma = self.gemma
+        depends_on = (
+            gemma.config, gemma.numerics, gemma.vocab_size, gemma.suppressed_ids,
+            self.slots, self.context, self.max_steps, donated, options,
+        )  # fmt: skip
+        return Program(name, function, depends_on=repr(depends_on))
 
 
 def _without_parameters(program: Callable[..., Any]) -> Callable[..., Any]:

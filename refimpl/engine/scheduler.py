@@ -151,6 +151,16 @@ class Scheduler:
             return self._decode()
         return None
 
+    def decode_ahead(self) -> Decode | None:
+        """What to do after the call of decode under way, if that need not wait for its results.
+
+        It does not wait where the same slots decode again and nobody waits for one of them. Some of
+        them may have ended by then, for which it computes nothing of use.
+        """
+        if self._queue or self._prefilling or not 0 < len(self._decoding) <= self._max_width:
+            return None
+        return Decode(tuple(self._decoding), self._max_steps)
+
     def begin(self, key: int, *, start: int) -> None:
         """An admitted request's prompt is in its first slot up to `start`; prefill the rest."""
         group = next(group for group in self._prefilling if group.key == key)

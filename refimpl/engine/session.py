@@ -69,6 +69,11 @@ class Session:
         """The choices that have not ended."""
         return tuple(self._candidates)
 
+    def num_left(self, choice: int) -> int:
+        """Tokens that a choice may still get; none if it has ended."""
+        candidate = self._candidates.get(choice)
+        return 0 if candidate is None else self.request.params.max_tokens - candidate.num_tokens
+
     @property
     def awaits_score(self) -> bool:
         """Whether the prompt is to be scored and has not been."""

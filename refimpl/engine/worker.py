@@ -2,11 +2,17 @@
 
 Owns the state on the device, the prefix cache and the sessions in flight. One call of `step` is
 one action; it runs on the engine's thread.
+
+While one call of decode computes, the next one of the same slots is sent after it, where nobody
+waits for a slot. So the device does not wait for the host, which needs some milliseconds a call.
+What the second call computes for a choice that the first one's results end is not looked at.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +36,21 @@ from refimpl.engine.state import DecodeState
 from refimpl.model.cache import BLOCK
 
 Emit = Callable[[int, list[Event]], None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of decode that was sent to the device.
+
+    Attributes:
+        owners: for each slot, in the order of the rows, the request and choice that had it.
+        rows: what it gives.
+        steps: how many steps it makes.
+    """
+
+    owners: dict[int, tuple[int, int]]
+    rows: Any
+    steps: int
 
 
 class Worker:
@@ -57,6 +78,7 @@ class Worker:
         # Where the prompts are that are being prefilled.
         self._sources = dict[int, int]()
         self._state: DecodeState | None = None
+        self._under_way: _Call | None = None
         self.step_tokens = Counter[int]()
         self.prefix = PrefixCache[Block](budget_bytes=prefix_bytes, salt="", block=BLOCK)
         self.scheduler = Scheduler(
@@ -121,6 +143,9 @@ class Worker:
 
     def step(self) -> bool:
         """Do the next thing; False if there is nothing to do."""
+        if self._under_way is not None:
+            self._read(self._under_way)
+            return True
         action = self.scheduler.next()
         match action:
             case None:
@@ -132,7 +157,7 @@ class Worker:
             case Activate():
                 self._activate(action)
             case Decode():
-                self._decode(action)
+                self._read(self._send(action))
         return True
 
     def _run(
@@ -225,7 +250,7 @@ class Worker:
             )
             self._run(self._programs.admit, packed)
 
-    def _decode(self, action: Decode) -> None:
+    def _send(self, action: Decode) -> _Call:
         width = next(width for width in self._programs.widths if width >= len(action.slots))
         packed = np.full(1 + width, -1, np.int32)
         packed[0] = action.steps
@@ -234,13 +259,28 @@ class Worker:
         self._state, rows = self._programs.decode(
             self._parameters, self._state, jax.device_put(packed)
         )
-        fetched = jax.device_get(rows)[: action.steps]
+        return _Call({slot: self._owners[slot] for slot in action.slots}, rows, action.steps)
+
+    def _read(self, call: _Call) -> None:
+        """Hand on what a call gives, for those that still have the slot that they had then."""
+        ahead = self.scheduler.decode_ahead() if self._goes_on_after(call) else None
+        self._under_way = None if ahead is None else self._send(ahead)
+        fetched = jax.device_get(call.rows)[: call.steps]
         taken = [
             self._take(slot, [unpack_step(row) for row in fetched[:, place]])
-            for place, slot in enumerate(action.slots)
+            for place, (slot, owner) in enumerate(call.owners.items())
+            if self._owners.get(slot) == owner
         ]
-        for step in range(max(taken)):
+        for step in range(max(taken, default=0)):
             self.step_tokens[sum(count > step for count in taken)] += 1
+
+    def _goes_on_after(self, call: _Call) -> bool:
+        """Whether some choice may get tokens after this call's."""
+        return any(
+            self._sessions[key].num_left(choice) > call.steps
+            for slot, (key, choice) in call.owners.items()
+            if self._owners.get(slot) == (key, choice)
+        )
 
     def _take(self, slot: int, rows: list[StepRow]) -> int:
         """What the steps gave one slot; says how many of them were for it, until its end."""

@@ -27,7 +27,6 @@ def load(settings: ServerSettings, progress: Progress) -> Loaded:
         context=settings.context,
         steps=settings.steps,
         prefix_bytes=settings.prefix_bytes,
-        throughput=settings.throughput,
     )
     engine = Engine(gemma, options)
     engine.start(progress)
@@ -37,7 +36,6 @@ def load(settings: ServerSettings, progress: Progress) -> Loaded:
             gemma.path,
             parameters=gemma.parameters,
             numerics=gemma.numerics,
-            throughput=settings.throughput,
         ),
         block=BLOCK,
         num_compilations=compilations.count,

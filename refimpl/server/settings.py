@@ -43,11 +43,6 @@ class ServerSettings(BaseModel):
     steps: Count = Field(
         default=1, description="Most decode steps in one call of the device while nobody waits."
     )
-    throughput: bool = Field(
-        default=False,
-        description="Allow what is faster though last bits of log-probabilities may then depend on "
-        "how many requests run together.",
-    )
     prefix_bytes: Number = Field(
         default=128 << 20,
         description="Memory for beginnings of prompts that may come again; 0 for none.",

@@ -1,0 +1,109 @@
+"""Compiled programs on disk, whole: a later start neither traces nor lowers them again.
+
+JAX's own cache keeps what the compiler makes, but is asked only once a program has been traced and
+lowered, which for the unrolled layers of a decode step takes longer than reading it, and leaves
+hundreds of megabytes behind. Here an entry is found by what a program depends on: our sources, the
+model's configuration and numerics, the shapes of its arrays, and the versions and flags of JAX. The
+folder is one of this machine's processor; see `compile_cache.py`.
+
+An entry is a SHA-256 of the rest, and a pickle: so the folder must be one that only its user can
+write to, as the user's cache directory is. An entry that is not whole counts for nothing.
+"""
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import refimpl_kernels
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+
+import refimpl
+
+# Of the hash in front of an entry.
+_DIGEST_BYTES = 32
+
+
+class ExecutableStore:
+    """Executables in a folder, by a description of what they depend on."""
+
+    def __init__(self, folder: Path) -> None:
+        """Of a folder that is made when something is put into it."""
+        self._folder = folder
+
+    def get(self, name: str, description: str) -> Callable[..., Any] | None:
+        """The executable that was kept under this name and description, ready to be called."""
+        try:
+            entry = self._path(name, description).read_bytes()
+        except OSError:
+            return None
+        digest, payload = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
+        if hashlib.sha256(payload).digest() != digest:
+            return None
+        return cast(Any, serialize_executable).deserialize_and_load(*pickle.loads(payload))
+
+    def put(self, name: str, description: str, compiled: jax.stages.Compiled) -> None:
+        """Keep an executable; does nothing where nothing can be written.
+
+        It must have been compiled, not read: what was read cannot be written again (jaxlib 0.12).
+        """
+        payload = pickle.dumps(cast(Any, serialize_executable).serialize(compiled))
+        path = self._path(name, description)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Under another name first: a reader never sees half of it.
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            os.replace(file.name, path)
+        except OSError:
+            return
+
+    def _path(self, name: str, description: str) -> Path:
+        described = "\n".join((_surroundings(), name, description))
+        digest = hashlib.sha256(described.encode()).hexdigest()
+        return self._folder / f"{name.replace(' ', '-')}-{digest[:32]}.executable"
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """A block in which JAX reads and writes no compiled programs of its own."""
+    was = cast(Any, jax.config).jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # It looks at the setting only once.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
+        compilation_cache.reset_cache()
+
+
+def store_of_this_machine() -> ExecutableStore | None:
+    """Beside JAX's own cache, where one is in use; None otherwise, and for other than a CPU."""
+    folder = cast(Any, jax.config).jax_compilation_cache_dir
+    if folder is None or jax.default_backend() != "cpu":
+        return None
+    return ExecutableStore(Path(folder) / "executables")
+
+
+@cache
+def _surroundings() -> str:
+    """What all programs depend on."""
+    sources = hashlib.sha256()
+    for package in (refimpl, refimpl_kernels):
+        root = Path(package.__file__ or "").parent
+        for path in sorted(root.rglob("*.py")):
+            sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    device = jax.devices()[0]
+    return "\n".join((
+        sources.hexdigest(), jax.__version__, version("jaxlib"), device.platform,
+        device.device_kind, str(os.cpu_count()), os.environ.get("XLA_FLAGS", ""),
+    ))  # fmt: skip

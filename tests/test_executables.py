@@ -1,0 +1,121 @@
+"""Executables on disk: found again by another process's engine, and never when anything differs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refimpl.engine import executables
+from refimpl.engine.executables import ExecutableStore, store_of_this_machine, uncached
+from refimpl.engine.programs import Program
+from tests.kernel_cases import assert_same_bits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """JAX's folder of compiled programs, for this test alone."""
+    before: Any = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+class Traced:
+    """A program that counts how often it is traced."""
+
+    def __init__(self, depends_on: str = "") -> None:
+        self.count = 0
+        self.program = Program(
+            "double", jax.jit(self._run, donate_argnums=1), depends_on=depends_on
+        )
+
+    def _run(self, parameters: Any, state: Any, x: Any) -> Any:
+        self.count += 1
+        return {"state": state["state"] + 1}, x * parameters
+
+    def __call__(self, size: int = 4) -> np.ndarray:
+        state = {"state": jnp.zeros(3)}
+        state, doubled = self.program(jnp.float32(2), state, jnp.arange(size, dtype=jnp.float32))
+        assert_same_bits(state["state"], np.ones(3, np.float32))
+        return np.asarray(doubled)
+
+
+def test_a_second_start_traces_nothing(folder: Path) -> None:
+    first, second = Traced(), Traced()
+    expected = first()
+    assert (first.count, len(list(folder.rglob("*.executable")))) == (1, 1)
+    assert_same_bits(second(), expected)
+    assert_same_bits(second(), expected)
+    assert second.count == 0
+
+
+def test_every_shape_is_a_program_of_its_own(folder: Path) -> None:
+    traced = Traced()
+    for size in (4, 5, 4):
+        assert_same_bits(traced(size), 2 * np.arange(size, dtype=np.float32))
+    assert (traced.count, len(list(folder.rglob("*.executable")))) == (2, 2)
+
+
+def test_what_depends_on_something_else_is_another_program(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Traced()()
+    other = Traced("another configuration")
+    other()
+    assert other.count == 1
+    monkeypatch.setattr(executables, "_surroundings", lambda: "other sources")
+    changed = Traced()
+    changed()
+    assert changed.count == 1
+    assert len(list(folder.rglob("*.executable"))) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_an_entry_that_is_not_whole_is_made_anew(folder: Path, damage: str) -> None:
+    expected = Traced()()
+    (entry,) = folder.rglob("*.executable")
+    whole = entry.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    entry.write_bytes({"cut": whole[: len(whole) // 2], "flip": flipped, "empty": b""}[damage])
+    again = Traced()
+    assert_same_bits(again(), expected)
+    assert again.count == 1
+    assert_same_bits(Traced()(), expected)
+
+
+def test_a_folder_that_cannot_be_written_to_keeps_nothing_and_harms_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    store = ExecutableStore(tmp_path / "file" / "below")
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.zeros(2)).compile()
+    store.put("a", "b", compiled)
+    assert store.get("a", "b") is None
+
+
+def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    before: Any = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert store_of_this_machine() is None
+        traced = Traced()
+        assert_same_bits(traced(), 2 * np.arange(4, dtype=np.float32))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_jax_keeps_its_own_cache_when_the_block_ends() -> None:
+    def enabled() -> bool:
+        return jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+
+    def fails() -> None:
+        with uncached():
+            assert not enabled()
+            raise ZeroDivisionError
+
+    before = enabled()
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert enabled() == before
