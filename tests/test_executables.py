@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from refimpl.engine import executables
-from refimpl.engine.executables import ExecutableStore, store_of_this_machine, uncached
-from refimpl.engine.programs import Program
+from refimpl.engine.executables import (
+    Executable,
+    ExecutableStore,
+    store_of_this_machine,
+    uncached,
+)
+from refimpl.engine.program import Program
 from tests.kernel_cases import assert_same_bits
 
 
@@ -29,9 +34,7 @@ class Traced:
 
     def __init__(self, depends_on: str = "") -> None:
         self.count = 0
-        self.program = Program(
-            "double", jax.jit(self._run, donate_argnums=1), depends_on=depends_on
-        )
+        self.program = Program("double", self._run, donated=True, options={}, depends_on=depends_on)
 
     def _run(self, parameters: Any, state: Any, x: Any) -> Any:
         self.count += 1
@@ -91,7 +94,7 @@ def test_a_folder_that_cannot_be_written_to_keeps_nothing_and_harms_nothing(tmp_
     (tmp_path / "file").touch()
     store = ExecutableStore(tmp_path / "file" / "below")
     compiled = jax.jit(lambda x: x + 1).lower(jnp.zeros(2)).compile()
-    store.put("a", "b", compiled)
+    store.put("a", "b", Executable(compiled, None))
     assert store.get("a", "b") is None
 
 

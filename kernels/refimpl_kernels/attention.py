@@ -23,6 +23,7 @@ from jax.lax import Precision
 from jaxtyping import Bool, Float, Float32, Int
 
 from refimpl_kernels.compiling import traced_once
+from refimpl_kernels.tanh import tanh
 
 AttentionImplementation = Literal["dense", "blocked", "rows"]
 Rounding = Literal["float32", "activation"]
@@ -43,7 +44,7 @@ def visible(
 
 def soft_cap(x: Float[Array, "*a"], cap: float | None) -> Float[Array, "*a"]:
     """cap * tanh(x / cap) in the type of x; the identity where cap is None."""
-    return x if cap is None else jnp.tanh(x / cap) * cap
+    return x if cap is None else tanh(x / cap) * cap
 
 
 def attention_scores(

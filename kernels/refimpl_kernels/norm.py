@@ -50,7 +50,10 @@ def with_magnitude_of(
         least: lower bound of the mean square that x is divided by the root of.
     """
     wanted = jnp.sqrt(_mean_square(pattern))
-    found = jnp.sqrt(jnp.maximum(_mean_square(x), jnp.asarray(least, x.dtype)))
+    # The barrier keeps the compiler from making a reciprocal root of it; see `_inverse_root`.
+    found = jax.lax.optimization_barrier(
+        jnp.sqrt(jnp.maximum(_mean_square(x), jnp.asarray(least, x.dtype)))
+    )
     return x * wanted / found
 
 

@@ -16,6 +16,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,19 @@ import refimpl
 _DIGEST_BYTES = 32
 
 
+@dataclass(frozen=True)
+class Executable:
+    """A program for arrays of one form.
+
+    Attributes:
+        run: takes the leaves of its arguments, and gives those of its result.
+        outputs: the tree of the result.
+    """
+
+    run: Callable[..., list[Any]]
+    outputs: Any
+
+
 class ExecutableStore:
     """Executables in a folder, by a description of what they depend on."""
 
@@ -39,8 +53,8 @@ class ExecutableStore:
         """Of a folder that is made when something is put into it."""
         self._folder = folder
 
-    def get(self, name: str, description: str) -> Callable[..., Any] | None:
-        """The executable that was kept under this name and description, ready to be called."""
+    def get(self, name: str, description: str) -> Executable | None:
+        """The executable that was kept under this name and description, ready to be run."""
         try:
             entry = self._path(name, description).read_bytes()
         except OSError:
@@ -48,14 +62,17 @@ class ExecutableStore:
         digest, payload = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
         if hashlib.sha256(payload).digest() != digest:
             return None
-        return cast(Any, serialize_executable).deserialize_and_load(*pickle.loads(payload))
+        serialized, outputs = pickle.loads(payload)
+        run = cast(Any, serialize_executable).deserialize_and_load(*serialized)
+        return Executable(run, outputs)
 
-    def put(self, name: str, description: str, compiled: jax.stages.Compiled) -> None:
+    def put(self, name: str, description: str, executable: Executable) -> None:
         """Keep an executable; does nothing where nothing can be written.
 
         It must have been compiled, not read: what was read cannot be written again (jaxlib 0.12).
         """
-        payload = pickle.dumps(cast(Any, serialize_executable).serialize(compiled))
+        serialized = cast(Any, serialize_executable).serialize(executable.run)
+        payload = pickle.dumps((serialized, executable.outputs))
         path = self._path(name, description)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

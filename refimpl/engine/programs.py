@@ -32,8 +32,8 @@ from refimpl_kernels.compiling import (
 )
 
 from refimpl.engine import slots as on_slots
-from refimpl.engine.executables import store_of_this_machine, uncached
 from refimpl.engine.packing import ADMISSION_FLOATS, ADMISSION_INTEGERS, MAX_STOP_IDS
+from refimpl.engine.program import Program
 from refimpl.engine.state import DecodeState
 from refimpl.engine.steps import Steps
 from refimpl.model.cache import BLOCK, KVCache
@@ -70,53 +70,6 @@ def chunks_of(num_tokens: int, *, start: int = 0) -> list[Chunk]:
         cut.append(Chunk(start, min(left, padded), padded))
         start += padded
     return cut
-
-
-class Program:
-    """A function for arrays of several shapes, of which each is compiled once, or read from disk.
-
-    Attributes:
-        name: of the function.
-    """
-
-    def __init__(self, name: str, function: jax.stages.Wrapped, *, depends_on: str) -> None:
-        """Nothing is compiled yet.
-
-        Args:
-            name: of the function.
-            function: as `jax.jit` gives it.
-            depends_on: everything but its arrays, and what all functions depend on, that could
-                make it another function.
-        """
-        self.name = name
-        self._function, self._depends_on = function, depends_on
-        self._store = store_of_this_machine()
-        self._ready = dict[tuple[Any, ...], Callable[..., Any]]()
-
-    def __call__(self, parameters: Any, *arrays: Any) -> Any:
-        # The parameters are always those of one model, and what comes first of the rest is its
-        # state, unless it is a stream: the last array's shape tells one form from another.
-        if self._store is None:
-            return self._function(parameters, *arrays)
-        last = jax.tree.leaves(arrays[-1])[0]
-        form = (last.shape, last.dtype)
-        executable = self._ready.get(form)
-        if executable is None:
-            executable = self._ready[form] = self._prepared(parameters, *arrays)
-        return executable(parameters, *arrays)
-
-    def _prepared(self, *arguments: Any) -> Callable[..., Any]:
-        assert self._store is not None
-        leaves, tree = jax.tree.flatten(arguments)
-        shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]
-        description = "\n".join((self._depends_on, str(tree), *shapes))
-        kept = self._store.get(self.name, description)
-        if kept is not None:
-            return kept
-        with uncached():
-            compiled = self._function.lower(*arguments).compile()
-        self._store.put(self.name, description, compiled)
-        return compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,14 +215,14 @@ class Programs:
             **short_compilation_options(platform),
             **self.gemma.numerics.compiler_options,
         }
-        donated = 1 if is_donated else ()
-        function = jax.jit(program, donate_argnums=donated, compiler_options=options or None)
         gemma = self.gemma
         depends_on = (
             gemma.config, gemma.numerics, gemma.vocab_size, gemma.suppressed_ids,
-            self.slots, self.context, self.max_steps, donated, options,
+            self.slots, self.context, self.max_steps, is_donated, options,
         )  # fmt: skip
-        return Program(name, function, depends_on=repr(depends_on))
+        return Program(
+            name, program, donated=is_donated, options=options, depends_on=repr(depends_on)
+        )
 
 
 def _without_parameters(program: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from refimpl_kernels.linear import LinearImplementation, linear
 from refimpl_kernels.matrix import slice_columns
 from refimpl_kernels.norm import with_magnitude_of
+from refimpl_kernels.tanh import tanh
 
 from refimpl.model.config import GemmaConfig
 from refimpl.model.layer_spec import AltUpSpec
@@ -113,7 +114,7 @@ class AltUp(nnx.Module):
     def _routed(self, x: Stream, implementation: LinearImplementation) -> Float[Array, "b t u"]:
         scaled = self.router_norm(x) * jnp.asarray(1 / x.shape[-1], x.dtype)
         routed = self.router(scaled, implementation=implementation)
-        return jnp.tanh(routed.astype(jnp.float32)).astype(x.dtype)
+        return tanh(routed.astype(jnp.float32)).astype(x.dtype)
 
 
 class StreamProjections(nnx.Module):
