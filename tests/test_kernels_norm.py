@@ -159,7 +159,8 @@ def test_each_step_is_rounded_where_numerics_say_so(offset: float) -> None:
 
 
 def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
-    widths = (24, 640, 2048)
+    # Whole vectors of 512 bits and others, of released models and not.
+    widths = (24, 40, 96, 256, 640, 1152, 2048)
     rows = {width: jnp.asarray(normal(16, 1, width)) for width in widths}
     scales = {width: jnp.asarray(normal(width)) for width in widths}
     compiled = row_stable(

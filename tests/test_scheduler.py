@@ -755,3 +755,25 @@ SchedulerMachine.TestCase.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
 )
 test_any_course_of_events = SchedulerMachine.TestCase
+
+
+def test_what_decodes_next_is_known_ahead_where_nobody_waits_for_a_slot() -> None:
+    driver = Driver(slots=2, max_steps=4)
+    assert driver.scheduler.decode_ahead() is None
+    driver.submit("a")
+    assert driver.scheduler.decode_ahead() is None, "a is to be admitted first"
+    assert driver.run(2) == ["admit a 0>0", "activate a @0 0>0"]
+    ahead = driver.scheduler.decode_ahead()
+    assert spelt(ahead) == "decode 0 x4"
+    assert driver.run(1) == ["decode 0 x4"], "and it is what comes"
+    driver.submit("b", choices=2)
+    assert driver.scheduler.decode_ahead() is None, "b has a slot to get"
+    assert driver.run(2) == ["admit b 0>1", "activate b @1 0>1"]
+    assert driver.scheduler.decode_ahead() is None, "one of b still waits for a slot"
+
+
+def test_nothing_is_known_ahead_where_slots_take_turns() -> None:
+    driver = Driver(slots=2, max_width=1)
+    driver.submit("a", choices=2)
+    assert driver.run(2) == ["admit a 0>0 1>1", "activate a @0 0>0 1>1"]
+    assert driver.scheduler.decode_ahead() is None

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from refimpl.engine.events import Admitted, Event, Finished
 from refimpl.engine.packing import ADMISSION_INTEGERS, SCORE_FIELDS, STEP_FIELDS
@@ -235,9 +236,9 @@ def test_ten_thousand_random_steps_leave_nothing_behind() -> None:
     assert statistics.evictions > 10
 
 
-def sound_desk() -> FakeDesk:
+def sound_desk(*, steps: int = 4) -> FakeDesk:
     """One whose numbers are always finite."""
-    desk = FakeDesk()
+    desk = FakeDesk(steps=steps)
     run = desk.programs.decode
 
     def decode(parameters: Any, state: Any, packed: np.ndarray) -> Any:
@@ -397,3 +398,49 @@ def test_a_slot_that_breaks_down_behind_a_stop_string_is_reset() -> None:
         pass
     assert desk.num_finished == 1
     assert cleared == [0]
+
+
+def noted(desk: FakeDesk, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by each call of decode that is sent, and each slot whose results are looked at."""
+    log = list[str]()
+    send, take = desk.worker._send, desk.worker._take
+
+    def noted_send(action: Any) -> Any:
+        log.append("send")
+        return send(action)
+
+    def noted_take(slot: int, rows: Any) -> int:
+        log.append("take")
+        return take(slot, rows)
+
+    monkeypatch.setattr(desk.worker, "_send", noted_send)
+    monkeypatch.setattr(desk.worker, "_take", noted_take)
+    return log
+
+
+def test_the_next_call_is_sent_before_results_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = sound_desk(steps=1)
+    log = noted(desk, monkeypatch)
+    desk.submit(request_of([2], max_tokens=3, ignore_eos=True))
+    while desk.worker.step():
+        pass
+    # And none is sent that nobody could get a token of.
+    assert log == ["send", "send", "take", "send", "take", "take"]
+
+
+def test_what_was_computed_ahead_for_a_choice_that_has_ended_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = sound_desk(steps=1)
+    log = noted(desk, monkeypatch)
+    key = desk.submit(request_of([2], max_tokens=9, ignore_eos=True))
+    while "take" not in log:
+        desk.worker.step()
+    desk.worker.cancel(key)
+    assert not desk.running
+    assert desk.worker.scheduler.num_free == SLOTS
+    other = desk.submit(request_of([2], max_tokens=2, ignore_eos=True))
+    while desk.worker.step():
+        pass
+    assert log == ["send", "send", "take", *["send", "send", "take", "take"]]
+    assert len(desk.deliveries[other]) == 2

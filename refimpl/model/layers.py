@@ -1,5 +1,7 @@
 """The parts of a decoder layer that look at one position at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +28,18 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
-        initial = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
-        self.weight = nnx.Param(initial * inputs**-0.5)
+        self.weight = nnx.Param(_initial(rngs.params(), inputs, outputs))
 
     def __call__(
         self, x: Float[Array, "b t i"], *, implementation: LinearImplementation
     ) -> Float[Array, "b t o"]:
         return linear(x, self.weight.get_value(), implementation=implementation)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _initial(key: Array, inputs: int, outputs: int) -> Float[Array, "i o"]:
+    """Random weights. Traced once for each shape: a checkpoint asks for the shapes of all."""
+    return jax.random.normal(key, (inputs, outputs), jnp.float32) * inputs**-0.5
 
 
 class RMSNorm(nnx.Module):
