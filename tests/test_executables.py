@@ -122,3 +122,15 @@ def test_jax_keeps_its_own_cache_when_the_block_ends() -> None:
     with pytest.raises(ZeroDivisionError):
         fails()
     assert enabled() == before
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    compiled = jax.jit(lambda x: x + 2).lower(jnp.zeros(2)).compile()
+    ExecutableStore(tmp_path).put("a", "b", Executable(compiled, None))
+    assert list(tmp_path.iterdir()) == []

@@ -78,8 +78,14 @@ class ExecutableStore:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Under another name first: a reader never sees half of it.
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            os.replace(file.name, path)
+                partial = Path(file.name)
+                try:
+                    file.write(hashlib.sha256(payload).digest() + payload)
+                    file.flush()
+                    partial.replace(path)
+                finally:
+                    # Gone already, unless the disk was full.
+                    partial.unlink(missing_ok=True)
         except OSError:
             return
 
@@ -120,6 +126,6 @@ def _surroundings() -> str:
             sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     device = jax.devices()[0]
     return "\n".join((
-        sources.hexdigest(), jax.__version__, version("jaxlib"), device.platform,
-        device.device_kind, str(os.cpu_count()), os.environ.get("XLA_FLAGS", ""),
+        sources.hexdigest(), jax.__version__, version("jaxlib"), version("flax"),
+        device.platform, device.device_kind, str(os.cpu_count()), os.environ.get("XLA_FLAGS", ""),
     ))  # fmt: skip
