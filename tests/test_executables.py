@@ -34,7 +34,8 @@ class Traced:
 
     def __init__(self, depends_on: str = "") -> None:
         self.count = 0
-        self.program = Program("double", self._run, donated=True, options={}, depends_on=depends_on)
+        store = store_of_this_machine(depends_on)
+        self.program = Program("double", self._run, donated=True, options={}, store=store)
 
     def _run(self, parameters: Any, state: Any, x: Any) -> Any:
         self.count += 1
@@ -102,7 +103,7 @@ def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     before: Any = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        assert store_of_this_machine() is None
+        assert store_of_this_machine("anything") is None
         traced = Traced()
         assert_same_bits(traced(), 2 * np.arange(4, dtype=np.float32))
     finally:

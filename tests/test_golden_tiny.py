@@ -104,9 +104,10 @@ def test_bfloat16_layer_by_layer(name: str) -> None:
         embed = module.embedder.encode(tokens)
         embedder = module.per_layer_embedder
         inputs = embedder(tokens, embed, implementation="dot") if embedder else None
-        for block, x in zip(module.layers, before, strict=True):
+        for index, (block, x) in enumerate(zip(module.layers, before, strict=True)):
+            given = None if inputs is None else inputs[:, :, index]
             y, memory = block(
-                x, positions, angles, memory, inputs=inputs,
+                x, positions, angles, memory, given=given,
                 implementations=REFERENCE, taps=Taps(),
             )  # fmt: skip
             after.append(y)

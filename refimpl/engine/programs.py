@@ -21,7 +21,7 @@ prompt's last token is not prefilled but decoded, so that all tokens come out of
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,12 +32,15 @@ from refimpl_kernels.compiling import (
 )
 
 from refimpl.engine import slots as on_slots
+from refimpl.engine.executables import ExecutableStore, store_of_this_machine
+from refimpl.engine.layered import Layered
 from refimpl.engine.packing import ADMISSION_FLOATS, ADMISSION_INTEGERS, MAX_STOP_IDS
 from refimpl.engine.program import Program
 from refimpl.engine.state import DecodeState
 from refimpl.engine.steps import Steps
 from refimpl.model.cache import BLOCK, KVCache
 from refimpl.model.gemma import Gemma
+from refimpl.model.layer_spec import LayerSpec
 
 # The longest chunk is a block of the prefix cache, so that what is saved was computed in whole
 # chunks. A short prompt, or the end of a long one, does not pay for a whole one.
@@ -96,6 +99,19 @@ class Programs:
         enough = next((width for width in WIDTHS if width >= self.slots), WIDTHS[-1])
         return tuple(width for width in WIDTHS if width <= enough)
 
+    @property
+    def is_layered(self) -> bool:
+        """Whether prefill and decode are made of programs for one layer each; see `layered.py`.
+
+        One call of an accelerator does the work of many; and a loop of steps needs them all in it.
+        """
+        return self.max_steps == 1 and jax.default_backend() == "cpu"
+
+    def read_ahead(self) -> None:
+        """Begin to read what is kept of these programs, while something else is done."""
+        if self._store is not None:
+            self._store.read_ahead()
+
     def new_state(self) -> DecodeState:
         """A state in which no slot runs."""
 
@@ -116,7 +132,10 @@ class Programs:
     @cached_property
     def prefill(self) -> Callable[..., tuple[DecodeState, Array]]:
         """(parameters, state, [slot, start, count, *tokens]) -> state, stream "t d"."""
-        return self._compiled("prefill", self._steps.prefill)
+        steps = self._steps
+        if self.is_layered:
+            return self._layered("prefill", steps.prefill_enter, steps.prefill_leave)
+        return self._compiled("prefill", steps.prefill)
 
     @cached_property
     def score(self) -> Callable[..., Array]:
@@ -126,7 +145,10 @@ class Programs:
     @cached_property
     def decode(self) -> Callable[..., tuple[DecodeState, Array]]:
         """(parameters, state, [steps, *slots]) -> state, rows "max_steps w STEP_FIELDS"."""
-        return self._compiled("decode", self._steps.decode)
+        steps = self._steps
+        if self.is_layered:
+            return self._layered("decode", steps.decode_enter, steps.decode_leave)
+        return self._compiled("decode", steps.decode)
 
     @cached_property
     def admit(self) -> Callable[..., DecodeState]:
@@ -205,24 +227,67 @@ class Programs:
     def _steps(self) -> Steps:
         return Steps(self.gemma, self.max_steps)
 
+    def _layered(
+        self,
+        phase: Literal["prefill", "decode"],
+        enter: Callable[..., Any],
+        leave: Callable[..., Any],
+    ) -> Layered:
+        forward, specs = self._steps.forward(phase), self.gemma.config.layers
+        # One program for all layers of a specification, traced as the first of them.
+        layers = {
+            spec: self._compiled(
+                f"{phase} {spec.kind}",
+                partial(forward.layer, specs.index(spec)),
+                is_donated=spec.donor is None,
+                further=spec,
+            )
+            for spec in specs
+        }
+        return Layered(
+            forward,
+            enter=self._compiled(f"{phase} enter", enter),
+            layers=[layers[spec] for spec in specs],
+            leave=self._compiled(f"{phase} leave", leave),
+        )
+
     def _compiled(
-        self, name: str, program: Callable[..., Any], *, is_donated: bool = True
-    ) -> Callable[..., Any]:
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        is_donated: bool = True,
+        further: LayerSpec | None = None,
+    ) -> Program:
         # The state is donated: it comes back as the result, and its memory is written in place.
+        return Program(
+            name,
+            function,
+            donated=is_donated,
+            options=self._options,
+            store=self._store,
+            depends_on=repr((is_donated, further)),
+        )
+
+    @cached_property
+    def _options(self) -> dict[str, str]:
         platform = jax.default_backend()
-        options = {
+        return {
             **row_stable_options(platform),
             **short_compilation_options(platform),
             **self.gemma.numerics.compiler_options,
         }
+
+    @cached_property
+    def _store(self) -> ExecutableStore | None:
         gemma = self.gemma
+        leaves, tree = jax.tree.flatten(dict(gemma.parameters))
         depends_on = (
             gemma.config, gemma.numerics, gemma.vocab_size, gemma.suppressed_ids,
-            self.slots, self.context, self.max_steps, is_donated, options,
+            self.slots, self.context, self.max_steps, self._options,
+            str(tree), [(leaf.shape, leaf.dtype.name) for leaf in leaves],
         )  # fmt: skip
-        return Program(
-            name, program, donated=is_donated, options=options, depends_on=repr(depends_on)
-        )
+        return store_of_this_machine(repr(depends_on))
 
 
 def _without_parameters(program: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,9 +3,8 @@
 Functions over the state, to be compiled with the state donated.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,15 @@ from refimpl_kernels.logprobs import log_probabilities, top_logprobs
 from refimpl_kernels.penalties import process
 from refimpl_kernels.sampling import draw
 
+from refimpl.engine.forward import Entered, Forward, Parameters, Stream
 from refimpl.engine.packing import STEP_FIELDS
 from refimpl.engine.request import MAX_TOP_LOGPROBS
 from refimpl.engine.state import DecodeState
-from refimpl.model.cache import KVCache
 from refimpl.model.gemma import Gemma
 from refimpl.model.implementations import implementations_for
 
 # A scored position needs a row of logits over the whole vocabulary, so few are made at once.
 SCORE_ROWS = 32
-
-Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,28 @@ class Steps:
         Args:
             packed: slot, first position, number of tokens, and the tokens with padding after them.
         """
+        state, entered = self.prefill_enter(parameters, state, packed)
+        state, x = self._through_layers(parameters, state, entered, phase="prefill")
+        return self.prefill_leave(parameters, state, x, packed)
+
+    def prefill_enter(
+        self, parameters: Parameters, state: DecodeState, packed: Int32[Array, " p"]
+    ) -> tuple[DecodeState, Entered]:
+        """The part of `prefill` before the layers."""
         slot, start, count, tokens = packed[0], packed[1], packed[2], packed[3:]
         place = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         positions = jnp.where(place < count, start + place, -1)
-        x, cache = self._hidden(
-            parameters, state.cache, tokens[None], positions[None], slot[None], phase="prefill"
+        cache, entered = self.forward("prefill").enter(
+            parameters, state.cache, tokens[None], positions[None], slot[None]
         )
-        return state.with_cache(cache), x[0]
+        return state.with_cache(cache), entered
+
+    def prefill_leave(
+        self, parameters: Parameters, state: DecodeState, x: Stream, packed: Int32[Array, " p"]
+    ) -> tuple[DecodeState, Float[Array, "t d"]]:
+        """The part of `prefill` after the layers."""
+        del packed
+        return state, self.forward("prefill").leave(parameters, x)[0]
 
     def score(
         self, parameters: Parameters, stream: Float[Array, "t d"], targets: Int32[Array, " t"]
@@ -83,31 +95,41 @@ class Steps:
         Returns:
             The state, and for each step and slot what `packing.unpack_step` reads.
         """
-        steps, slots = packed[0], packed[1:]
-        rows = jnp.zeros((self.max_steps, slots.shape[0], STEP_FIELDS), jnp.int32)
+        steps, w = packed[0], packed.shape[0] - 1
+        rows = jnp.zeros((self.max_steps, w, STEP_FIELDS), jnp.int32)
 
         def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
             index, current, filled = carry
-            current, row = self._step(parameters, current, slots)
-            return index + 1, current, filled.at[index].set(row)
+            current, entered = self.decode_enter(parameters, current, packed)
+            current, x = self._through_layers(parameters, current, entered, phase="decode")
+            current, row = self.decode_leave(parameters, current, x, packed)
+            return index + 1, current, filled.at[index].set(row[0])
 
         start = jnp.int32(0), state, rows
         _, state, rows = lax.while_loop(lambda carry: carry[0] < steps, step, start)
         return state, rows
 
-    def _step(
-        self, parameters: Parameters, state: DecodeState, slots: Int32[Array, " w"]
-    ) -> tuple[DecodeState, Int32[Array, "w f"]]:
-        row = jnp.maximum(slots, 0)
-        runs = (slots >= 0) & state.is_running[row]
-        position = state.position[row]
-        tokens, positions = state.token[row], jnp.where(runs, position, -1)
-        x, cache = self._hidden(
-            parameters, state.cache, tokens[:, None], positions[:, None], row, phase="decode"
+    def decode_enter(
+        self, parameters: Parameters, state: DecodeState, packed: Int32[Array, " p"]
+    ) -> tuple[DecodeState, Entered]:
+        """The part of a step before the layers."""
+        row, runs = _running(state, packed[1:])
+        tokens, positions = state.token[row], jnp.where(runs, state.position[row], -1)
+        cache, entered = self.forward("decode").enter(
+            parameters, state.cache, tokens[:, None], positions[:, None], row
         )
-        chosen = implementations_for(self.gemma.numerics, phase="decode")
-        logits = self.gemma.module(parameters).logits(x, implementations=chosen)[:, 0]
-        logits = logits.astype(jnp.float32)
+        return state.with_cache(cache), entered
+
+    def decode_leave(
+        self, parameters: Parameters, state: DecodeState, x: Stream, packed: Int32[Array, " p"]
+    ) -> tuple[DecodeState, Int32[Array, "1 w f"]]:
+        """The part of a step after the layers; gives the rows of this one step."""
+        row, runs = _running(state, packed[1:])
+        position = state.position[row]
+        forward = self.forward("decode")
+        x = forward.leave(parameters, x)
+        logits = self.gemma.module(parameters).logits(x, implementations=forward.implementations)
+        logits = logits[:, 0].astype(jnp.float32)
         token = self._chosen(state, logits, row, position + 1)
         logprob, top = self._logprobs(logits, token, state.wants_top[row] & runs)
         is_finite = jnp.isfinite(logprob)
@@ -117,14 +139,31 @@ class Steps:
         # Rows that do not run write out of bounds, and mode "drop" writes nothing there.
         to = jnp.where(runs, row, state.token.shape[0])
         state = replace(
-            state.with_cache(cache),
+            state,
             token=state.token.at[to].set(token, mode="drop"),
             position=state.position.at[to].set(position + 1, mode="drop"),
             is_running=state.is_running.at[to].set(goes_on, mode="drop"),
             counts=state.counts.at[to, token].add(1, mode="drop"),
         )
         fields = [token, goes_on.astype(jnp.int32), is_finite.astype(jnp.int32), _bits(logprob)]
-        return state, jnp.concatenate([jnp.stack(fields, axis=1), top], axis=1)
+        return state, jnp.concatenate([jnp.stack(fields, axis=1), top], axis=1)[None]
+
+    def forward(self, phase: Literal["prefill", "decode"]) -> Forward:
+        """The parts of the model's pass."""
+        return Forward(self.gemma, phase)
+
+    def _through_layers(
+        self,
+        parameters: Parameters,
+        state: DecodeState,
+        entered: Entered,
+        *,
+        phase: Literal["prefill", "decode"],
+    ) -> tuple[DecodeState, Stream]:
+        forward = self.forward(phase)
+        layers = forward.within_one_program(parameters["layers"])
+        cache, x = forward.through_layers(layers, state.cache, entered)
+        return state.with_cache(cache), x
 
     def _chosen(
         self,
@@ -190,24 +229,13 @@ class Steps:
         missing = ((0, 0), (0, MAX_TOP_LOGPROBS - k))
         return logprob, jnp.pad(ids, missing, constant_values=-1), jnp.pad(values, missing)
 
-    def _hidden(
-        self,
-        parameters: Parameters,
-        cache: KVCache,
-        tokens: Int32[Array, "b t"],
-        positions: Int32[Array, "b t"],
-        rows: Int32[Array, " b"],
-        *,
-        phase: Literal["prefill", "decode"],
-    ) -> tuple[Float[Array, "b t d"], KVCache]:
-        x, filled = self.gemma.module(parameters).hidden(
-            tokens,
-            positions,
-            cache.of_rows(rows),
-            implementations=implementations_for(self.gemma.numerics, phase=phase),
-        )
-        assert filled is not None  # a cache went in
-        return x, filled
+
+def _running(
+    state: DecodeState, slots: Int32[Array, " w"]
+) -> tuple[Int32[Array, " w"], Bool[Array, " w"]]:
+    """A slot to read for each row, and whether the row computes something for it."""
+    row = jnp.maximum(slots, 0)
+    return row, (slots >= 0) & state.is_running[row]
 
 
 def _bits(x: Float32[Array, "*b"]) -> Int32[Array, "*b"]:

@@ -103,6 +103,7 @@ class Worker:
         Args:
             compile_all: False makes the state alone and gives nothing.
         """
+        self._programs.read_ahead()
         state = self._programs.new_state()
         calls = list(self._programs.warm_up(state)) if compile_all else []
         for number, (name, call) in enumerate(calls):

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from refimpl_kernels.matrix import QuantizedMatrix, padded_outputs
+from refimpl_weights.memory import aligned_empty
 from refimpl_weights.quantized import QuantizedArray
 
 from refimpl.model.join import join_outputs
-
-# Bytes; XLA shares a host buffer that starts at a multiple of this.
-_ALIGNMENT = 64
 
 
 def to_device(parts: list[np.ndarray | QuantizedArray]) -> Array | QuantizedMatrix:
@@ -45,10 +43,7 @@ def _transposed(array: np.ndarray, *, is_padded: bool = False, band: int = 512) 
     array = array.reshape(-1, array.shape[-1])
     outputs, inputs = array.shape
     columns = padded_outputs(outputs) if is_padded else outputs
-    size = inputs * columns * array.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    turned = memory[start : start + size].view(array.dtype).reshape(inputs, columns)
+    turned = aligned_empty((inputs, columns), array.dtype)
     turned[:, outputs:] = 0
     for row in range(0, outputs, band):
         turned[:, row : min(row + band, outputs)] = array[row : row + band].T

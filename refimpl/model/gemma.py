@@ -3,19 +3,26 @@
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax import nnx
+import jax
+import jax.numpy as jnp
+from refimpl_kernels.matrix import QuantizedMatrix
 from refimpl_weights.gguf import GGUFFile
 
 from refimpl.errors import CheckpointError
 from refimpl.model.checkpoint import Checkpoint, open_checkpoint, read_json
 from refimpl.model.config import GemmaConfig
 from refimpl.model.numerics import FLOAT32, Numerics
-from refimpl.model.parameters import load_model
+from refimpl.model.prepared import keep_prepared, read_prepared
 from refimpl.model.tokenizer import Tokenizer
-from refimpl.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    # What has been compiled and prepared by an earlier start runs without Flax, which takes half a
+    # second to import. So it is imported where it is needed.
+    import refimpl.model.transformer
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,6 @@ class Gemma:
         path: where the checkpoint lies.
         config: the architecture.
         numerics: where the forward pass rounds.
-        graph: the module without its arrays.
         parameters: the arrays, a tree that `jax.jit` takes as it is.
         tokenizer: text to ids and back.
         eos_ids: every id that ends a text, as checkpoint and tokenizer name them.
@@ -40,20 +46,42 @@ class Gemma:
     path: Path
     config: GemmaConfig
     numerics: Numerics
-    graph: nnx.GraphDef[Transformer]
     parameters: Mapping[str, Any]
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
     suppressed_ids: tuple[int, ...] = ()
+
+    @cached_property
+    def graph(self) -> Any:
+        """The module without its arrays, an `nnx.GraphDef`; needed by what is to be compiled."""
+        from flax import nnx
+
+        from refimpl.model.transformer import abstract_transformer
+
+        return nnx.split(abstract_transformer(self.config, self.numerics))[0]
 
     @property
     def vocab_size(self) -> int:
         """Ids that may be sampled. The embedding may have more rows; their logits mean nothing."""
         return min(self.config.vocab_size, self.tokenizer.vocab_size)
 
-    def module(self, parameters: Mapping[str, Any]) -> Transformer:
-        """The module around these arrays; for use inside a compiled function."""
-        return nnx.merge(self.graph, parameters)
+    def module(self, parameters: Mapping[str, Any]) -> "refimpl.model.transformer.Transformer":
+        """The module around these arrays; for use inside a compiled function.
+
+        Args:
+            parameters: all of them, or those of some parts and layers, of which alone the module
+                can make use then.
+        """
+        from flax import nnx
+
+        # A shape cannot be computed with, so that what is missing is not taken for something else.
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
+            dict(self.parameters),
+            is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix),
+        )
+        layers = {**shapes["layers"], **parameters.get("layers", {})}
+        return nnx.merge(self.graph, {**shapes, **parameters, "layers": layers})
 
 
 def load_checkpoint(
@@ -68,7 +96,8 @@ def load_checkpoint(
     Args:
         path: a file `x.gguf`, or a folder with config.json, safetensors and tokenizer.json.
         numerics: where the forward pass rounds.
-        cache_dir: folder that keeps what is derived from a GGUF vocabulary; None keeps nothing.
+        cache_dir: folder that keeps what is derived from a GGUF file, its vocabulary and weights,
+            for the next start; None keeps nothing.
         progress: called with parameters read so far and in all.
 
     Raises:
@@ -79,18 +108,41 @@ def load_checkpoint(
     # Side by side: the vocabulary takes about as long as the weights of a small model.
     with ThreadPoolExecutor(max_workers=1) as beside:
         reading = beside.submit(_tokenizer, checkpoint, cache_dir)
-        graph, state = nnx.split(load_model(checkpoint, numerics, progress=progress))
+        parameters = _parameters(checkpoint, numerics, cache_dir, progress)
         tokenizer = reading.result()
     return Gemma(
         path=checkpoint.path,
         config=checkpoint.config,
         numerics=numerics,
-        graph=graph,
-        parameters=nnx.to_pure_dict(state),
+        parameters=parameters,
         tokenizer=tokenizer,
         eos_ids=tuple(dict.fromkeys((*checkpoint.config.eos_ids, *tokenizer.eos_ids))),
         suppressed_ids=checkpoint.suppressed_ids,
     )
+
+
+def _parameters(
+    checkpoint: Checkpoint,
+    numerics: Numerics,
+    cache_dir: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> Mapping[str, Any]:
+    folder = cache_dir if isinstance(checkpoint.source, GGUFFile) else None
+    kept = None if folder is None else read_prepared(folder, checkpoint.path)
+    if kept is not None:
+        if progress is not None:
+            total = checkpoint.config.parameter_count
+            progress(total, total)
+        return kept
+    from flax import nnx
+
+    from refimpl.model.parameters import load_model
+
+    _, state = nnx.split(load_model(checkpoint, numerics, progress=progress))
+    parameters = nnx.to_pure_dict(state)
+    if folder is not None:
+        keep_prepared(folder, checkpoint.path, parameters)
+    return parameters
 
 
 def _tokenizer(checkpoint: Checkpoint, cache_dir: Path | None) -> Tokenizer:

@@ -20,7 +20,7 @@ from refimpl.model import names
 from refimpl.model.checkpoint import Checkpoint
 from refimpl.model.device import to_device
 from refimpl.model.numerics import FLOAT32, Numerics
-from refimpl.model.transformer import Transformer
+from refimpl.model.transformer import Transformer, abstract_transformer
 
 Progress = Callable[[int, int], None]
 
@@ -42,9 +42,7 @@ def load_model(
         CheckpointError: listing every tensor that is missing, unused, mis-shaped, mistyped,
             unreadable or not finite.
     """
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Transformer(checkpoint.config, numerics, rngs=nnx.Rngs(0)))
-    )
+    graph, state = nnx.split(abstract_transformer(checkpoint.config, numerics))
     wanted = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
     plan, faults = _plan(checkpoint, wanted)
     arrays, more_faults = _read_all(

@@ -38,9 +38,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from refimpl.errors import InvalidRequestError
 from refimpl.model import names
 from refimpl.model.config import GemmaConfig
-from refimpl.model.numerics import FLOAT32
 from refimpl.model.storage import Storage
-from refimpl.model.transformer import Transformer
+from refimpl.model.transformer import abstract_transformer
 
 AXIS = "model"  # with a number
 
@@ -112,7 +111,7 @@ def _axes_for(units: int, mesh: AbstractMesh) -> tuple[str, ...]:
 @cache
 def parameter_shapes(config: GemmaConfig) -> dict[names.Path, tuple[int, ...]]:
     """The shape of every parameter of the model's tree, which is built without allocating it."""
-    tree = nnx.eval_shape(lambda: Transformer(config, FLOAT32, rngs=nnx.Rngs(0)))
+    tree = abstract_transformer(config)
     flat = nnx.to_flat_state(nnx.state(tree))
     return {path: tuple(variable.get_value().shape) for path, variable in flat}
 

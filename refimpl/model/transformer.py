@@ -31,7 +31,7 @@ class Block(nnx.Module):
     def __init__(
         self, config: GemmaConfig, layer: int, numerics: Numerics, *, rngs: nnx.Rngs
     ) -> None:
-        self.index, spec = layer, config.layers[layer]
+        spec = config.layers[layer]
         self.kind = spec.kind
 
         def norm(is_there: bool = True) -> RMSNorm | None:
@@ -61,14 +61,14 @@ class Block(nnx.Module):
         angles: Angles,
         memory: Memory,
         *,
-        inputs: Float[Array, "b t l p"] | None = None,
+        given: Float[Array, "b t p"] | None = None,
         implementations: Implementations,
         taps: Taps,
     ) -> tuple[Float[Array, "*u b t d"], Memory]:
         """The stream, or all streams, after this layer, and the memory with what it adds.
 
         Args:
-            inputs: of every layer, where the model has per-layer inputs.
+            given: this layer's inputs beside the stream, where the model has per-layer inputs.
         """
         linear = implementations.linear
         predicted, x = self.streams.predict(x, implementation=linear)
@@ -85,8 +85,7 @@ class Block(nnx.Module):
         x = self.streams.correct(predicted, add(x, y), implementation=linear)
 
         if self.per_layer_input is not None:
-            assert inputs is not None  # Such a model embeds them before its first layer.
-            given = inputs[:, :, self.index]
+            assert given is not None  # Such a model embeds them before its first layer.
             y = self.per_layer_input(self.streams.shown(x), given, implementation=linear)
             taps("per_layer_input", y)
             x = self.streams.with_input(x, y)
@@ -191,15 +190,7 @@ class Transformer(nnx.Module):
         taps = taps or Taps()
         memory: Memory = FullPass(positions) if cache is None else cache.begin(positions)
         angles = self.angles(positions)
-        linear = implementations.linear
-        x = self.embedder.encode(tokens)
-        taps("embed", x)
-        embedder = self.per_layer_embedder
-        inputs = None if embedder is None else embedder(tokens, x, implementation=linear)
-        x = self.streams.enter(x, implementation=linear)
-        if self.config.altup is not None:
-            taps("streams", x)
-
+        x, given = self.enter(tokens, implementations=implementations, taps=taps)
         for index, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
                 x, memory = block(
@@ -207,14 +198,39 @@ class Transformer(nnx.Module):
                     positions,
                     angles,
                     memory,
-                    inputs=inputs,
+                    given=given[index],
                     implementations=implementations,
                     taps=taps.scope(f"layers.{index}"),
                 )
-
-        x = self.final_norm(self.streams.leave(x, implementation=linear))
+        x = self.leave(x, implementations=implementations)
         taps("final_norm", x)
         return x, memory if isinstance(memory, KVCache) else None
+
+    def enter(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        implementations: Implementations = REFERENCE,
+        taps: Taps | None = None,
+    ) -> tuple[Float[Array, "*u b t d"], list[Float[Array, "b t p"] | None]]:
+        """The stream, or all streams, before the first layer, and what each layer gets beside."""
+        taps, linear = taps or Taps(), implementations.linear
+        x = self.embedder.encode(tokens)
+        taps("embed", x)
+        given: list[Array | None] = [None] * self.config.num_layers
+        if self.per_layer_embedder is not None:
+            inputs = self.per_layer_embedder(tokens, x, implementation=linear)
+            given = [inputs[:, :, layer] for layer in range(self.config.num_layers)]
+        x = self.streams.enter(x, implementation=linear)
+        if self.config.altup is not None:
+            taps("streams", x)
+        return x, given
+
+    def leave(
+        self, x: Float[Array, "*u b t d"], *, implementations: Implementations = REFERENCE
+    ) -> Float[Array, "b t d"]:
+        """The stream after the final norm, from what the last layer gives."""
+        return self.final_norm(self.streams.leave(x, implementation=implementations.linear))
 
     def logits(
         self, x: Float[Array, "b t d"], *, implementations: Implementations = REFERENCE
@@ -236,3 +252,8 @@ class Transformer(nnx.Module):
             )
             for kind, spec in kinds.items()
         }
+
+
+def abstract_transformer(config: GemmaConfig, numerics: Numerics = FLOAT32) -> Transformer:
+    """The module with shapes in the place of arrays; nothing is computed."""
+    return nnx.eval_shape(lambda: Transformer(config, numerics, rngs=nnx.Rngs(0)))

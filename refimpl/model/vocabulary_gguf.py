@@ -92,7 +92,7 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any], *, cache_dir: Path | None)
     """
     _check_keys(metadata)
     pieces, marked = _read_pieces(metadata)
-    ids = {piece: i for i, piece in enumerate(pieces)}
+    ids = dict(zip(pieces, range(len(pieces)), strict=True))
     if len(ids) < len(pieces):
         twice = [piece for piece, count in Counter(pieces).items() if count > 1]
         raise TokenizerError(
@@ -204,7 +204,7 @@ def _derived_merges(
             f"{_SCORES} has {len(scores)} items and {_TOKENS} {len(pieces)}, expected as many; the "
             "file is damaged"
         )
-    mergeable = {piece: i for i, piece in enumerate(pieces)}
+    mergeable = dict(zip(pieces, range(len(pieces)), strict=True))
     scores = list(scores)
     for i, kind in marked.items():
         # SentencePiece gives all user-defined pieces the score 0, llama.cpp's converter -1000.
@@ -212,4 +212,5 @@ def _derived_merges(
         if kind != PieceType.USER_DEFINED:
             del mergeable[pieces[i]]
     left, right = cached_merges(mergeable, scores, cache_dir=cache_dir).T.tolist()
-    return [(pieces[i], pieces[j]) for i, j in zip(left, right, strict=True)]
+    of_id = pieces.__getitem__
+    return list(zip(map(of_id, left), map(of_id, right), strict=True))

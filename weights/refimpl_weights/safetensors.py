@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from refimpl_weights.errors import FormatError, MissingError, UnsupportedError, WeightsError
+from refimpl_weights.memory import aligned_empty
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -129,7 +130,7 @@ class SafetensorsCheckpoint:
             FormatError: the file has become shorter since it was opened.
         """
         tensor = self._tensor(name)
-        array = np.empty(tensor.shape, tensor.dtype)
+        array = aligned_empty(tensor.shape, tensor.dtype)
         with _opened(tensor.file) as file:
             file.seek(tensor.start)
             # Straight into the array: there is never a second copy of the bytes.
