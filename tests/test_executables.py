@@ -1,5 +1,7 @@
 """Executables on disk: found again by another process's engine, and never when anything differs."""
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 class Traced:
     """A program that counts how often it is traced."""
 
-    def __init__(self, depends_on: str = "") -> None:
+    def __init__(self, depends_on: str = "", *, store: ExecutableStore | None = None) -> None:
         self.count = 0
-        store = store_of_this_machine(depends_on)
+        store = store or store_of_this_machine(depends_on)
         self.program = Program("double", self._run, donated=True, options={}, store=store)
 
     def _run(self, parameters: Any, state: Any, x: Any) -> Any:
@@ -135,3 +137,56 @@ def test_a_disk_that_is_full_leaves_nothing_behind(
     compiled = jax.jit(lambda x: x + 2).lower(jnp.zeros(2)).compile()
     ExecutableStore(tmp_path).put("a", "b", Executable(compiled, None))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_ahead_is_not_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Traced()()
+    (entry,) = folder.rglob("*.executable")
+    reads = list[Path]()
+    read = executables._read
+
+    def counted(path: Path) -> Executable | None:
+        reads.append(path)
+        return read(path)
+
+    monkeypatch.setattr(executables, "_read", counted)
+    store = store_of_this_machine("")
+    assert store is not None
+    store.read_ahead()
+    again = Traced(store=store)
+    assert_same_bits(again(), expected)
+    assert (again.count, reads) == (0, [entry])
+
+
+def test_what_was_damaged_and_is_read_ahead_is_made_anew(folder: Path) -> None:
+    expected = Traced()()
+    (entry,) = folder.rglob("*.executable")
+    entry.write_bytes(b"damaged")
+    store = store_of_this_machine("")
+    assert store is not None
+    store.read_ahead()
+    again = Traced(store=store)
+    assert_same_bits(again(), expected)
+    assert again.count == 1
+
+
+def test_to_read_ahead_where_nothing_is_kept_is_no_mistake(tmp_path: Path) -> None:
+    ExecutableStore(tmp_path / "none").read_ahead()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_nothing_was_read_from_for_long_are_removed(folder: Path) -> None:
+    for name in ("old", "used", "young"):
+        Traced(name)()
+    old, used, young = (store_of_this_machine(name) for name in ("old", "used", "young"))
+    assert old
+    assert used
+    assert young
+    before = time.time() - 31 * 24 * 3600
+    for store in (old, used):
+        os.utime(store.folder, (before, before))
+    used.read_ahead()
+    Traced("new")()
+    assert [store.folder.is_dir() for store in (old, used, young)] == [False, True, True]

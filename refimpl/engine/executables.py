@@ -1,11 +1,10 @@
 """Compiled programs on disk, whole: a later start neither traces nor lowers them again.
 
 JAX's own cache keeps what the compiler makes, but is asked only once a program has been traced and
-lowered, which for the unrolled layers of a decode step takes longer than reading it, and leaves
-hundreds of megabytes behind. Here an entry is found by what a program depends on: our sources, the
-model's configuration and numerics, the shapes of its arrays, and the versions and flags of JAX. The
-programs of an engine lie in a folder of their own, so that all can be read before they are asked
-for, below one of this machine's processor; see `compile_cache.py`.
+lowered, which takes longer than reading it, and memory. Here an entry is found by what a program
+depends on: our sources, the model's configuration and numerics, the shapes of its arrays, and the
+versions and flags of JAX. The programs of an engine lie in a folder of their own, so that all can
+be read before they are asked for, below one of this machine's processor; see `compile_cache.py`.
 
 An entry is a SHA-256 of the rest, and a compressed pickle: so the folder must be one that only its
 user can write to, as the user's cache directory is. An entry that is not whole counts for nothing.
@@ -56,19 +55,22 @@ class Executable:
 
 
 class ExecutableStore:
-    """Executables in a folder, by a description of what they depend on. Threads may share it."""
+    """Executables in a folder, by a description of what they depend on. Threads may share it.
+
+    Attributes:
+        folder: made when something is put into it.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Of a folder that is made when something is put into it."""
-        self._folder = folder
+        self.folder = folder
         self._ahead = dict[Path, Future[Executable | None]]()
 
     def read_ahead(self) -> None:
         """Begin to read all that is kept, in threads of its own: to get it then takes no time."""
         # What is long to read first, so that the threads end together.
-        paths = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: -path.stat().st_size)
+        paths = sorted(self.folder.glob(f"*{_SUFFIX}"), key=lambda path: -path.stat().st_size)
         with suppress(OSError):
-            os.utime(self._folder)
+            os.utime(self.folder)
         pool = ThreadPoolExecutor(_READERS, thread_name_prefix="executables")
         self._ahead |= {path: pool.submit(_read, path) for path in paths}
         pool.shutdown(wait=False)
@@ -89,11 +91,11 @@ class ExecutableStore:
         payload = zlib.compress(pickle.dumps((serialized, executable.outputs)), level=1)
         path = self._path(name, description)
         try:
-            if not self._folder.is_dir():
-                self._folder.mkdir(parents=True)
-                _remove_unused(self._folder.parent)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                _remove_unused(self.folder.parent)
             # Under another name first: a reader never sees half of it.
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 partial = Path(file.name)
                 try:
                     file.write(hashlib.sha256(payload).digest() + payload)
@@ -107,7 +109,7 @@ class ExecutableStore:
 
     def _path(self, name: str, description: str) -> Path:
         digest = hashlib.sha256("\n".join((name, description)).encode()).hexdigest()
-        return self._folder / f"{name.replace(' ', '-')}-{digest[:32]}{_SUFFIX}"
+        return self.folder / f"{name.replace(' ', '-')}-{digest[:32]}{_SUFFIX}"
 
 
 def _read(path: Path) -> Executable | None:
