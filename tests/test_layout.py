@@ -60,12 +60,13 @@ ROOMS = {
         theirs="platformdirs",
     ),
     "refimpl.errors": room(ours="", theirs=""),
+    "refimpl.sources": room(ours="", theirs=""),
     "refimpl.model": room(
-        ours="refimpl.errors refimpl.model refimpl_kernels refimpl_weights",
+        ours="refimpl.errors refimpl.model refimpl.sources refimpl_kernels refimpl_weights",
         theirs="flax jax jaxtyping numpy tokenizers",
     ),
     "refimpl.engine": room(
-        ours="refimpl.errors refimpl.engine refimpl.model refimpl_kernels",
+        ours="refimpl.errors refimpl.engine refimpl.model refimpl.sources refimpl_kernels",
         theirs="jax jaxtyping numpy",
     ),
     # A with block shows on a terminal how far the start is.

@@ -40,7 +40,8 @@ HEAVY = "import sys; print(sorted({'flax', 'jax', 'numpy', 'tokenizers'} & set(s
         ("import refimpl, refimpl.cli; refimpl.load", "[]"),
         # A request needs numpy, for the integers of its arrays, and no device.
         ("import refimpl; refimpl.SamplingParams(top_p=0.9)", "['numpy']"),
-        ("import refimpl; refimpl.Engine", "['flax', 'jax', 'numpy', 'tokenizers']"),
+        # What was compiled by an earlier start runs without Flax, which takes half a second.
+        ("import refimpl; refimpl.Engine", "['jax', 'numpy', 'tokenizers']"),
     ],
 )
 def test_what_an_import_brings(source: str, expected: str) -> None:

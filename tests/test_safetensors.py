@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from refimpl_weights.errors import FormatError, MissingError, UnsupportedError, WeightsError
+from refimpl_weights.memory import ALIGNMENT
 from refimpl_weights.safetensors import DTYPES, INDEX_FILE, SafetensorsCheckpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
@@ -104,7 +105,10 @@ class TestOneFile:
         array = SafetensorsCheckpoint(path).read("a")
         path.write_bytes(bytes(path.stat().st_size))
         assert_array_equal(array, numbers(1, 2))
-        assert array.flags.owndata
+        # Memory of an array, aligned within it, and no map of the file.
+        assert isinstance(array.base, np.ndarray)
+        assert array.base.flags.owndata
+        assert array.ctypes.data % ALIGNMENT == 0
         assert array.flags.writeable
 
     def test_reading_needs_no_more_memory_than_the_tensor(self, tmp_path: Path) -> None:
