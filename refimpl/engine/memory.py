@@ -9,8 +9,8 @@ from functools import cache
 def release_freed() -> None:
     """Give freed memory back, where the C library can be asked to.
 
-    Reading or compiling a program of a CPU leaves 100 MB and more of freed memory in the arenas of
-    glibc, which keeps it: 280 MB after the programs of eight slots of Gemma 3 270M.
+    Reading or compiling a program of a CPU leaves some tens of megabytes of freed memory in the
+    arenas of glibc, which keeps it.
     """
     library = _glibc()
     if library is not None:

@@ -9,6 +9,8 @@
     save, load   a block of one slot's cache out of the state, and into it
     reset        zeros into one slot's cache
 
+On a CPU, prefill and decode are chains of programs, of which one computes a layer (`layered.py`).
+
 Why a request gets the same bits whatever else runs: a prompt is cut by its own length alone
 (`chunks_of`) and prefilled by itself. In decode each row's numbers come from kernels that treat a
 row alike at any width W and in any place: `linear` as chains, blocked attention over the slot's
@@ -26,10 +28,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax import Array
-from refimpl_kernels.compiling import (
-    row_stable_options,
-    short_compilation_options,
-)
+from refimpl_kernels.compiling import row_stable_options
 
 from refimpl.engine import slots as on_slots
 from refimpl.engine.executables import ExecutableStore, store_of_this_machine
@@ -271,12 +270,8 @@ class Programs:
 
     @cached_property
     def _options(self) -> dict[str, str]:
-        platform = jax.default_backend()
-        return {
-            **row_stable_options(platform),
-            **short_compilation_options(platform),
-            **self.gemma.numerics.compiler_options,
-        }
+        stable = row_stable_options(jax.default_backend())
+        return {**stable, **self.gemma.numerics.compiler_options}
 
     @cached_property
     def _store(self) -> ExecutableStore | None:
