@@ -13,6 +13,7 @@ from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
+from refimpl import sources as sources  # First: it notes when.
 from refimpl.errors import RefimplError as RefimplError
 from refimpl.loading import load as load
 

@@ -230,7 +230,8 @@ def bench(
         typer.Option("--quick", help="Other defaults, for some minutes: 1,8 streams; 512; 3; 16."),
     ] = False,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Compile everything anew, too, which takes minutes.")
+        bool,
+        typer.Option("--cold", help="Compile everything anew, too, which takes a minute or two."),
     ] = False,
     server: Annotated[
         bool,

@@ -1,7 +1,9 @@
 """Executables on disk: found again by another process's engine, and never when anything differs."""
 
+import hashlib
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from refimpl import sources
 from refimpl.engine import executables
 from refimpl.engine.executables import (
     Executable,
@@ -73,11 +76,48 @@ def test_what_depends_on_something_else_is_another_program(
     other = Traced("another configuration")
     other()
     assert other.count == 1
+    monkeypatch.setattr(sources, "are_what_runs", lambda: True)
     monkeypatch.setattr(executables, "_surroundings", lambda: "other sources")
     changed = Traced()
     changed()
     assert changed.count == 1
     assert len(list(folder.rglob("*.executable"))) == 3
+
+
+def test_nothing_is_kept_or_read_while_other_code_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "are_what_runs", lambda: False)
+        Traced()()
+        assert list(folder.rglob("*.executable")) == []
+    Traced()()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "are_what_runs", lambda: False)
+        again = Traced()
+        again()
+        assert again.count == 1
+
+
+def test_a_folder_that_others_can_write_to_is_not_read(folder: Path) -> None:
+    Traced()()
+    (entry,) = folder.rglob("*.executable")
+    entry.parent.chmod(0o770)
+    again = Traced()
+    again()
+    assert again.count == 1
+
+
+def test_an_entry_that_is_whole_and_no_program_is_told_of(folder: Path) -> None:
+    expected = Traced()()
+    (entry,) = folder.rglob("*.executable")
+    payload = zlib.compress(b"no pickle")
+    entry.write_bytes(hashlib.sha256(payload).digest() + payload)
+    again = Traced()
+    with pytest.warns(RuntimeWarning, match="compiled anew"):
+        assert_same_bits(again(), expected)
+    assert again.count == 1
+    assert_same_bits(Traced()(), expected)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
@@ -151,6 +191,7 @@ def test_what_is_read_ahead_is_not_read_again(
         reads.append(path)
         return read(path)
 
+    monkeypatch.setattr(sources, "are_what_runs", lambda: True)
     monkeypatch.setattr(executables, "_read", counted)
     store = store_of_this_machine("")
     assert store is not None

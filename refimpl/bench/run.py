@@ -54,7 +54,7 @@ class Plan:
         tokens: decoded by each stream in one measurement.
         repeat: turns of each subject at each quantity.
         threads: of the peer.
-        is_cold: whether to measure compilation from nothing, which takes minutes.
+        is_cold: whether to measure compilation from nothing, which takes a minute or two.
     """
 
     path: Path

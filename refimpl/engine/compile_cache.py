@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ def enable_compile_cache(folder: Path) -> Path | None:
     Returns:
         The folder used; None if nothing can be written there, so that nothing is kept.
     """
-    place = folder / "compiled" / f"jax-{jax.__version__}-{_processor()}"
+    place = folder / "compiled" / f"jax-{jax.__version__}-{processor()}"
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -37,7 +38,8 @@ def enable_compile_cache(folder: Path) -> Path | None:
     return place
 
 
-def _processor() -> str:
+@cache
+def processor() -> str:
     """A short hash of what the processor can do."""
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.is_file():

@@ -90,6 +90,7 @@ class EngineLoop:
 
     def stop(self) -> None:
         """End the loop after the action under way, and wait for that."""
+        self.worker.end_reading()
         self._inbox.put(_Stop())
         self.thread.join()
 

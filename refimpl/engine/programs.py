@@ -106,10 +106,15 @@ class Programs:
         """
         return self.max_steps == 1 and jax.default_backend() == "cpu"
 
-    def read_ahead(self) -> None:
-        """Begin to read what is kept of these programs, while something else is done."""
+    def read_ahead(self, *names: str) -> None:
+        """Begin to read what is kept of these programs, or of those whose names begin so."""
         if self._store is not None:
-            self._store.read_ahead()
+            self._store.read_ahead(*names)
+
+    def end_reading(self) -> None:
+        """Forget what was read and not asked for."""
+        if self._store is not None:
+            self._store.end_reading()
 
     def new_state(self) -> DecodeState:
         """A state in which no slot runs."""

@@ -103,14 +103,21 @@ class Worker:
         Args:
             compile_all: False makes the state alone and gives nothing.
         """
-        self._programs.read_ahead()
+        # A first request needs no more than these, and would wait for the others.
+        self._programs.read_ahead(*(() if compile_all else ("prefill", "decode", "admit")))
         state = self._programs.new_state()
         calls = list(self._programs.warm_up(state)) if compile_all else []
         for number, (name, call) in enumerate(calls):
             yield name, number, len(calls)
             state = call()
             release_freed()
+        if compile_all:
+            self.end_reading()
         self._state = jax.block_until_ready(state)
+
+    def end_reading(self) -> None:
+        """Forget programs that were read ahead and that nobody has asked for."""
+        self._programs.end_reading()
 
     def submit(self, key: int, session: Session) -> None:
         """Put a request at the end of the queue."""
@@ -267,11 +274,14 @@ class Worker:
         ahead = self.scheduler.decode_ahead() if self._goes_on_after(call) else None
         self._under_way = None if ahead is None else self._send(ahead)
         fetched = jax.device_get(call.rows)[: call.steps]
-        taken = [
-            self._take(slot, [unpack_step(row) for row in fetched[:, place]])
-            for place, (slot, owner) in enumerate(call.owners.items())
-            if self._owners.get(slot) == owner
-        ]
+        taken = list[int]()
+        for place, (slot, owner) in enumerate(call.owners.items()):
+            rows = [unpack_step(row) for row in fetched[:, place]]
+            if self._owners.get(slot) == owner:
+                taken.append(self._take(slot, rows))
+            elif not all(row.is_finite for row in rows):
+                # It ended while this was computed, and nobody has the slot yet.
+                self._run(self._programs.reset, np.array([slot], np.int32))
         for step in range(max(taken, default=0)):
             self.step_tokens[sum(count > step for count in taken)] += 1
 

@@ -16,7 +16,7 @@ from refimpl.errors import CheckpointError
 from refimpl.model.checkpoint import Checkpoint, open_checkpoint, read_json
 from refimpl.model.config import GemmaConfig
 from refimpl.model.numerics import FLOAT32, Numerics
-from refimpl.model.prepared import keep_prepared, read_prepared
+from refimpl.model.prepared import Identity, identity_of, keep_prepared, read_prepared
 from refimpl.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -104,11 +104,16 @@ def load_checkpoint(
         CheckpointError, ConfigError, TokenizerError: the checkpoint is not complete, sound and of
             an architecture that we carry.
     """
+    # A folder of safetensors is read fast as it is. Whatever else a file is, opening it will tell.
+    is_gguf = cache_dir is not None and Path(path).suffix == ".gguf" and Path(path).is_file()
+    identity = identity_of(Path(path)) if is_gguf else None
     checkpoint = open_checkpoint(path)
     # Side by side: the vocabulary takes about as long as the weights of a small model.
     with ThreadPoolExecutor(max_workers=1) as beside:
         reading = beside.submit(_tokenizer, checkpoint, cache_dir)
-        parameters = _parameters(checkpoint, numerics, cache_dir, progress)
+        parameters = _parameters(
+            checkpoint, numerics, progress, kept_in=cache_dir, identity=identity
+        )
         tokenizer = reading.result()
     return Gemma(
         path=checkpoint.path,
@@ -124,24 +129,28 @@ def load_checkpoint(
 def _parameters(
     checkpoint: Checkpoint,
     numerics: Numerics,
-    cache_dir: Path | None,
     progress: Callable[[int, int], None] | None,
+    *,
+    kept_in: Path | None,
+    identity: Identity | None,
 ) -> Mapping[str, Any]:
-    folder = cache_dir if isinstance(checkpoint.source, GGUFFile) else None
-    kept = None if folder is None else read_prepared(folder, checkpoint.path)
-    if kept is not None:
-        if progress is not None:
-            total = checkpoint.config.parameter_count
-            progress(total, total)
-        return kept
+    """The arrays, from where an earlier start kept them or from the checkpoint."""
+    if kept_in is not None and identity is not None:
+        kept = read_prepared(kept_in, identity)
+        if kept is not None:
+            if progress is not None:
+                total = checkpoint.config.parameter_count
+                progress(total, total)
+            return kept
+
     from flax import nnx
 
     from refimpl.model.parameters import load_model
 
     _, state = nnx.split(load_model(checkpoint, numerics, progress=progress))
     parameters = nnx.to_pure_dict(state)
-    if folder is not None:
-        keep_prepared(folder, checkpoint.path, parameters)
+    if kept_in is not None and identity is not None:
+        keep_prepared(kept_in, identity, parameters)
     return parameters
 
 

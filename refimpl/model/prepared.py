@@ -5,11 +5,15 @@ seconds; to read the result about a quarter of one. So the result is kept, as a 
 beside what else is derived from a checkpoint, unless it is large: then reading it is what takes
 time, and a second copy on the disk is more than a user may want.
 
-A file belongs to one state of one checkpoint, and of our sources. Any other is made anew.
+A file belongs to one state of one checkpoint and of our sources, and holds its own checksum. Any
+other is made anew.
 """
 
 import hashlib
+import os
 import shutil
+import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -29,83 +33,117 @@ from refimpl import sources
 # More than this is not kept, in bytes.
 MOST_BYTES = 1 << 30
 
-_PREFIX = "weights-"
+# Where a file is written before it has its name, and from when on nobody is writing there.
+_PARTIAL = ".refimpl-weights-"
+_STALE_SECONDS = 3600
 # Between the parts of a parameter's path, and before the part of a quantized matrix.
 _SLASH, _PART = "/", "#"
+# Beside the identity.
+_CHECKSUM = "sha256"
 
+Identity = dict[str, str]
 Tree = dict[Any, Any]
 
 
-def read_prepared(folder: Path, checkpoint: Path) -> Tree | None:
+def identity_of(checkpoint: Path) -> Identity | None:
+    """Everything that the parameters depend on; None where nothing is to be kept.
+
+    Taken before anything of the checkpoint is read, so that what is kept cannot be older than it.
+    """
+    path = str(checkpoint.resolve())
+    if not path.isprintable() or not sources.are_what_runs():
+        return None
+    status = checkpoint.stat()
+    return {
+        "checkpoint": path,
+        "size": str(status.st_size),
+        "inode": str(status.st_ino),
+        "mtime_ns": str(status.st_mtime_ns),
+        # Unlike the time before, nobody can set this one back.
+        "ctime_ns": str(status.st_ctime_ns),
+        "sources": sources.digest(),
+    }
+
+
+def read_prepared(folder: Path, identity: Identity) -> Tree | None:
     """The tree of parameters that was kept for this checkpoint; None where there is none.
 
     Args:
         folder: where such files are kept.
-        checkpoint: a GGUF file.
+        identity: of a GGUF file.
     """
-    path = _place(folder, checkpoint)
     try:
-        file = SafetensorsCheckpoint(path)
-        if file.metadata != _identity(checkpoint):
+        file = SafetensorsCheckpoint(_place(folder, identity))
+        told = dict(file.metadata)
+        checksum = told.pop(_CHECKSUM, None)
+        if told != identity:
             return None
-        flat = {name: file.read(name) for name in file.names()}
+        flat = {name: file.read(name) for name in sorted(file.names())}
     except (WeightsError, OSError):
         # Missing, or damaged: then it will be made anew.
         return None
-    return _unflattened(flat)
+    return _unflattened(flat) if _checksum(flat) == checksum else None
 
 
-def keep_prepared(folder: Path, checkpoint: Path, parameters: Mapping[str, Any]) -> None:
+def keep_prepared(folder: Path, identity: Identity, parameters: Mapping[str, Any]) -> None:
     """Keep a checkpoint's parameters, unless they are more than `MOST_BYTES` or the disk is small.
 
-    Files of checkpoints that are gone are removed.
+    Nor if the checkpoint is another one by now. Files of checkpoints that are gone are removed.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(parameters)))
     if size > MOST_BYTES:
         return
-    path = _place(folder, checkpoint)
-    partial = path.with_suffix(".partial")
+    path = _place(folder, identity)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_orphans(folder)
         if shutil.disk_usage(folder).free < 2 * size:
             return
-        write_safetensors(partial, dict(_flattened(parameters)), metadata=_identity(checkpoint))
-        partial.replace(path)
+        # In a folder of its own: the package, too, writes under another name first.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL) as partial:
+            file = Path(partial) / path.name
+            flat = dict(sorted(_flattened(parameters)))
+            write_safetensors(file, flat, metadata={**identity, _CHECKSUM: _checksum(flat)})
+            # A power cut must not leave a whole name on half a file.
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+            if identity_of(Path(identity["checkpoint"])) == identity:
+                file.replace(path)
     except (WeightsError, OSError) as error:
         warnings.warn(
-            f"the weights of {checkpoint} cannot be kept in {path}: {error}; every start unpacks "
-            "them anew, some seconds; make the folder writable, or choose another one",
+            f"the weights of {identity['checkpoint']} cannot be kept in {path}: {error}; every "
+            "start unpacks them anew, some seconds; make the folder writable, or choose another",
             RuntimeWarning,
             stacklevel=2,
         )
-    finally:
-        # After the renaming there is nothing left to remove.
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
-def _place(folder: Path, checkpoint: Path) -> Path:
-    name = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:32]
-    return folder / f"{_PREFIX}{name}.safetensors"
+def _place(folder: Path, identity: Identity) -> Path:
+    name = hashlib.sha256(identity["checkpoint"].encode()).hexdigest()[:32]
+    return folder / f"weights-{name}.safetensors"
 
 
-def _identity(checkpoint: Path) -> dict[str, str]:
-    """Everything that the parameters depend on."""
-    status = checkpoint.stat()
-    return {
-        "checkpoint": str(checkpoint.resolve()),
-        "size": str(status.st_size),
-        "mtime_ns": str(status.st_mtime_ns),
-        "sources": sources.digest(),
-    }
+def _checksum(flat: Mapping[str, np.ndarray]) -> str:
+    """Of all arrays, in order of their names."""
+    digest = hashlib.sha256()
+    for array in flat.values():
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _remove_orphans(folder: Path) -> None:
-    for path in folder.glob(f"{_PREFIX}*.safetensors"):
+    """Remove what belongs to no checkpoint any more, or to a process that was killed."""
+    for path in folder.glob("weights-*.safetensors"):
         with suppress(WeightsError, OSError):
-            if not Path(read_header(path).metadata.get("checkpoint", "")).is_file():
+            told = read_header(path).metadata
+            is_ours = _CHECKSUM in told and path == _place(folder, dict(told))
+            if is_ours and not Path(told["checkpoint"]).is_file():
                 path.unlink()
+    oldest = time.time() - _STALE_SECONDS
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        with suppress(OSError):
+            if partial.is_dir() and partial.stat().st_mtime < oldest:
+                shutil.rmtree(partial)
 
 
 def _flattened(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, np.ndarray]]:
