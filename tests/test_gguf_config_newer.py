@@ -120,7 +120,8 @@ def converted(name: str) -> dict[str, Any]:
 def read(
     metadata: dict[str, Any], shapes: Shapes, divisors: list[float] | None = DIVISORS
 ) -> GemmaConfig:
-    return from_gguf(metadata, vocab_size=262_400, shapes=shapes, rope_divisors=divisors)
+    vocab_size = 262_144 if metadata.get("general.architecture") == "gemma4" else 262_400
+    return from_gguf(metadata, vocab_size=vocab_size, shapes=shapes, rope_divisors=divisors)
 
 
 def refusal(
@@ -230,12 +231,22 @@ def test_a_period_of_layers():
 def test_numbers_that_only_shapes_tell():
     shapes = SHAPES_3N | {
         "blk.0.laurel_l.weight": (17, 2048),
-        "per_layer_token_embd.weight": (99, 30 * 256),
+        "per_layer_token_embd.weight": (262_144, 30 * 256),
     }
     config = read(E2B_3N, shapes)
     assert config.laurel_rank == 17
     assert config.per_layer_input is not None
-    assert config.per_layer_input.vocab_size == 99
+    assert config.per_layer_input.vocab_size == 262_144
+
+
+@pytest.mark.parametrize(
+    ("metadata", "shapes", "rows"),
+    [(E2B_3N, SHAPES_3N, 99), (E2B_3N, SHAPES_3N, 300_000), (E2B, SHAPES_E2B, 262_143)],
+)
+def test_a_table_of_inputs_with_other_rows_than_ids_is_refused(metadata, shapes, rows):
+    changed = shapes | {"per_layer_token_embd.weight": (rows, 35 * 256)}
+    with pytest.raises(ConfigError, match=rf"per_layer_token_embd.weight has {rows:,} rows"):
+        read(metadata, changed)
 
 
 @pytest.mark.parametrize(("rotated", "proportion"), [(1, 1 / 256), (64, 0.25), (256, 1.0)])

@@ -56,7 +56,8 @@ ROOMS = {
         theirs="gguf huggingface_hub jaxtyping ml_dtypes numpy platformdirs safetensors",
     ),
     "refimpl": room(
-        ours="refimpl.errors refimpl.loading refimpl.engine refimpl.model refimpl_weights",
+        ours="""refimpl.errors refimpl.loading refimpl.engine refimpl.model refimpl.sources
+        refimpl_weights""",
         theirs="platformdirs",
     ),
     "refimpl.errors": room(ours="", theirs=""),

@@ -106,6 +106,14 @@ def differences(tokenizer: Tokenizer, cases: list[Case], field: str, **options: 
 # The whole vocabulary
 
 
+@pytest.mark.parametrize("key", ["general.architecture", "tokenizer.ggml.model"])
+def test_pieces_that_merge_by_rank_are_not_merged_by_score(metadata: Metadata, key: str) -> None:
+    """Ollama's converter names the older kind of vocabulary, under which ranks went unread."""
+    other = {"general.architecture": "gemma3", "tokenizer.ggml.model": "llama"}[key]
+    with pytest.raises(TokenizerError, match="merge by"):
+        Tokenizer.from_gguf(metadata | {key: other})
+
+
 def test_vocabulary_is_the_published_one(metadata: Metadata, golden: dict[str, Any]) -> None:
     """Also: what we derive for Gemma 3 is what Hugging Face's converter wrote for Gemma 4."""
     lists = {name: metadata[f"tokenizer.ggml.{name}"] for name in golden["sha256"]}

@@ -304,7 +304,7 @@ def test_tab_without_a_piece_is_its_byte(metadata: Metadata) -> None:
 def test_stored_merges_are_taken_as_they_are(metadata: Metadata) -> None:
     """Gemma 4: the scores say nothing, the merges are there, and types are Hugging Face's."""
     pieces = [token.replace(" ", "▁") for token in metadata["tokenizer.ggml.tokens"]]
-    metadata["tokenizer.ggml.model"] = "gemma4"
+    metadata["general.architecture"] = metadata["tokenizer.ggml.model"] = "gemma4"
     metadata["tokenizer.ggml.tokens"] = pieces
     metadata["tokenizer.ggml.scores"] = [-1000.0] * 512
     metadata["tokenizer.ggml.merges"] = ["▁ t", "h e", "▁t he", "\n \n"]

@@ -397,7 +397,8 @@ def test_a_slot_that_breaks_down_behind_a_stop_string_is_reset() -> None:
     while desk.worker.step():
         pass
     assert desk.num_finished == 1
-    assert cleared == [0]
+    # Once for this call, and once for the one that was sent ahead.
+    assert cleared == [0, 0]
 
 
 def noted(desk: FakeDesk, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -444,3 +445,54 @@ def test_what_was_computed_ahead_for_a_choice_that_has_ended_is_not_looked_at(
         pass
     assert log == ["send", "send", "take", *["send", "send", "take", "take"]]
     assert len(desk.deliveries[other]) == 2
+
+
+class BreakingPrograms(FakePrograms):
+    """Ones whose numbers break down from a word on."""
+
+    @cached_property
+    def breaks(self) -> list[bool]:
+        return [False]
+
+    @cached_property
+    def resets(self) -> list[int]:
+        """Which slots were cleared."""
+        return []
+
+    @cached_property
+    def reset(self) -> Any:
+        def run(_: Any, state: Any, slot: np.ndarray) -> Any:
+            self.resets.append(int(slot[0]))
+            return state
+
+        return run
+
+    def _row(self, slot: int) -> np.ndarray:
+        row = super()._row(slot)
+        row[2] = not self.breaks[0]
+        return row
+
+
+def test_what_broke_down_for_a_request_that_had_ended_is_cleared() -> None:
+    gemma = tiny_gemma("gemma3")
+    programs = BreakingPrograms(gemma=gemma, slots=2, context=CONTEXT)
+    worker = Worker(programs, prefix_bytes=0, emit=lambda key, events: None)
+    list(worker.start())
+
+    def submit(key: int) -> None:
+        request = request_of(prompt_ids(key, 3), max_tokens=50, seed=1, ignore_eos=True)
+        worker.submit(key, Session(request, gemma.tokenizer, gemma.eos_ids))
+
+    submit(0)
+    # Admitted, prefilled and activated; then one call is read, and the next one under way.
+    for _ in range(4):
+        worker.step()
+    programs.breaks[0] = True
+    worker.step()
+    worker.cancel(0)
+    programs.breaks[0] = False
+    assert programs.resets == []
+    submit(1)
+    worker.step()
+    assert programs.resets == [0]
+    assert worker.is_in_flight(1)

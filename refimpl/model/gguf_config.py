@@ -80,9 +80,11 @@ def from_gguf(
         "eos_ids": _eos_ids(metadata),
     }
     if name == "gemma3n":
-        parts = gemma3n_parts(values, shapes)
+        parts = gemma3n_parts(values, shapes, vocab_size)
     elif name == "gemma4":
-        parts = gemma4_parts(values, shapes, rope=global_rope, rope_divisors=rope_divisors)
+        parts = gemma4_parts(
+            values, shapes, vocab_size, rope=global_rope, rope_divisors=rope_divisors
+        )
     else:
         parts = _older_parts(values, name)
     return GemmaConfig(**{**common, **parts})

@@ -33,7 +33,7 @@ _COMMON_PARTS: dict[str, Any] = {
 }
 
 
-def gemma3n_parts(values: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+def gemma3n_parts(values: Mapping[str, Any], shapes: Shapes, vocab_size: int) -> dict[str, Any]:
     """The further arguments of `GemmaConfig` for a Gemma 3n.
 
     Raises:
@@ -51,7 +51,7 @@ def gemma3n_parts(values: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         "layer_kinds": kinds,
         "num_sharing_layers": sharing,
         "gate_cutoffs": cutoffs if any(cutoff is not None for cutoff in cutoffs) else None,
-        "per_layer_input": _per_layer_input(values, shapes, has_rounded_scales=True),
+        "per_layer_input": _per_layer_input(values, shapes, vocab_size, has_rounded_scales=True),
         "altup": AltUpSpec(streams=values["altup.num_inputs"], active=values["altup.active_idx"]),
         # [rank, width], of every layer alike.
         "laurel_rank": _shape(shapes, "blk.0.laurel_l.weight")[0],
@@ -61,6 +61,7 @@ def gemma3n_parts(values: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
 def gemma4_parts(
     values: Mapping[str, Any],
     shapes: Shapes,
+    vocab_size: int,
     *,
     rope: RopeSpec,
     rope_divisors: Sequence[float] | None,
@@ -87,7 +88,7 @@ def gemma4_parts(
         "num_sharing_layers": sharing,
         "has_layer_scalar": True,
         "global_rope": replace(rope, proportion=_proportion(rope_divisors, global_width)),
-        "per_layer_input": _per_layer_input(values, shapes, has_rounded_scales=False),
+        "per_layer_input": _per_layer_input(values, shapes, vocab_size, has_rounded_scales=False),
         "experts": _experts(values),
     }
 
@@ -141,12 +142,20 @@ def _feed_forward(values: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def _per_layer_input(
-    values: Mapping[str, Any], shapes: Shapes, *, has_rounded_scales: bool
+    values: Mapping[str, Any], shapes: Shapes, vocab_size: int, *, has_rounded_scales: bool
 ) -> PerLayerInputSpec | None:
     width = values["embedding_length_per_layer_input"]
     if width == 0:
         return None
     rows = _shape(shapes, "per_layer_token_embd.weight")[0]
+    # Gemma 3n's own table ends before the pieces for images and sound; llama.cpp's converter pads
+    # it, Ollama's does not. An id beyond a table gets row 0, so a table cut short would go unseen.
+    least = vocab_size - vocab_size // 16 if has_rounded_scales else vocab_size
+    if not least <= rows <= vocab_size:
+        raise ConfigError(
+            f"per_layer_token_embd.weight has {rows:,} rows and token_embd.weight {vocab_size:,}, "
+            f"expected at least {least:,} and no more; was the conversion complete?"
+        )
     return PerLayerInputSpec(width=width, vocab_size=rows, has_rounded_scales=has_rounded_scales)
 
 

@@ -126,6 +126,13 @@ def _check_keys(metadata: Mapping[str, Any]) -> None:
             f"{_MODEL} is {model!r}, expected one of {sorted(wanted)}, the kinds of vocabulary "
             "that Gemma has; convert the model again, with its tokenizer.model beside it"
         )
+    architecture = metadata.get("general.architecture")
+    if (architecture == "gemma4") != (model == "gemma4") and architecture is not None:
+        raise TokenizerError(
+            f"{_MODEL} is {model!r} in a file of the architecture {architecture!r}, whose pieces "
+            f"merge {'by rank' if architecture == 'gemma4' else 'by score'}: text would get other "
+            "ids; convert the model again with llama.cpp's converter"
+        )
     if missing := [key for key in wanted[model] if key not in metadata]:
         raise TokenizerError(
             f"the GGUF header lacks {', '.join(missing)}, without which a {model!r} vocabulary "
