@@ -6,10 +6,11 @@ and a file may have been edited since it was imported.
 """
 
 import hashlib
+import operator
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,22 +23,40 @@ _PACKAGES = ("refimpl", "refimpl_kernels", "refimpl_weights")
 _IMPORTED = time.time()
 
 
+# What modules and classes of ours held when they were last looked through, and found to be ours.
+_seen: list[Any] = []
+
+
 @cache
 def digest() -> str:
     """A SHA-256 of all our sources."""
     sources = hashlib.sha256()
-    for root in _roots():
-        for path in sorted(root.rglob("*.py")):
-            sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for root, path in _files():
+        sources.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return sources.hexdigest()
 
 
 def are_what_runs() -> bool:
     """Whether all functions of ours, and what they call by name, still are those of the files."""
-    for root in _roots():
-        if any(path.stat().st_mtime > _IMPORTED for path in root.rglob("*.py")):
+    try:
+        if any(path.stat().st_mtime > _IMPORTED for _, path in _files()):
             return False
-    return all(_is_from_a_file(function) for function in _functions())
+    except FileNotFoundError:
+        return False
+    held = [value for space in _namespaces() for value in space.values()]
+    # To look through them takes much longer than to see that they are the same.
+    if len(held) == len(_seen) and all(map(operator.is_, held, _seen)):
+        return True
+    if not all(_is_from_a_file(value) for value in held):
+        return False
+    _seen[:] = held
+    return True
+
+
+@cache
+def _files() -> tuple[tuple[Path, Path], ...]:
+    """All our files, each behind the folder of its package."""
+    return tuple((root, path) for root in _roots() for path in sorted(root.rglob("*.py")))
 
 
 @cache
@@ -52,29 +71,23 @@ def _roots() -> tuple[Path, ...]:
     return tuple(roots)
 
 
-def _functions() -> Iterator[Any]:
-    """Every function that a module or class of ours has a name for."""
+def _namespaces() -> Iterator[Mapping[str, Any]]:
+    """What every module and class of ours has a name for."""
     for module_name, module in list(sys.modules.items()):
-        if not _is_ours(module_name):
-            continue
-        for value in list(vars(module).values()):
-            if isinstance(value, type) and _is_ours(value.__module__):
-                yield from map(_plain, vars(value).values())
-            else:
-                yield value
-
-
-def _plain(member: Any) -> Any:
-    """The function behind a member of a class."""
-    if isinstance(member, property):
-        return member.fget
-    return getattr(member, "__func__", member)
+        if _is_ours(module_name):
+            names = dict(vars(module))
+            yield names
+            for value in names.values():
+                if isinstance(value, type) and _is_ours(value.__module__):
+                    yield vars(value)
 
 
 def _is_from_a_file(value: Any) -> bool:
     """Whether a function is one of our files or of a library; what is no function is."""
     if type(value).__module__ == "unittest.mock":
         return False
+    # What a class holds may be around the function.
+    value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
     while isinstance(value, FunctionType):
         name = value.__code__.co_filename
         # What the library's decorators make has no file, but belongs to the module it is for.
