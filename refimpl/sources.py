@@ -19,6 +19,8 @@ from typing import Any
 
 _PACKAGES = ("refimpl", "refimpl_kernels", "refimpl_weights")
 
+# Folders that packages are installed into, of which there may be several.
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
 # Seconds since the epoch. `refimpl` imports this module before any other of its own.
 _IMPORTED = time.time()
 
@@ -93,7 +95,8 @@ def _is_from_a_file(value: Any) -> bool:
         # What the library's decorators make has no file, but belongs to the module it is for.
         maker = value.__module__
         is_made = name.startswith("<") and (_is_ours(maker) or maker.startswith("namedtuple_"))
-        if not is_made and not name.startswith(_places()):
+        is_installed = not _INSTALLED.isdisjoint(Path(name).parts)
+        if not (is_made or is_installed or name.startswith(_places())):
             return False
         value = getattr(value, "__wrapped__", None)
     return True
@@ -101,9 +104,9 @@ def _is_from_a_file(value: Any) -> bool:
 
 @cache
 def _places() -> tuple[str, ...]:
-    """Where files lie that nobody edits while they run, and ours."""
-    library = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    return (*dict.fromkeys(library), *(str(root) for root in _roots()), "<frozen")
+    """Where Python's own files lie, and ours."""
+    python = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
+    return (*dict.fromkeys(python), *(str(root) for root in _roots()), "<frozen")
 
 
 def _is_ours(module_name: str) -> bool:
