@@ -65,3 +65,22 @@ def row_stable_options(platform: str) -> dict[str, str]:
         "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
         "xla_cpu_prefer_vector_width": "512",
     }
+
+
+def short_compilation_options(platform: str) -> dict[str, str]:
+    """Compiler options for `jax.jit` that leave out passes which find nothing in our programs.
+
+    XLA repeats its simplifications until nothing changes, each time over the whole program, and
+    these passes are most of what the unrolled layers of a decode step take to compile. One of the
+    four moves reshapes, one operation a round; three look for what could leave a loop or end it,
+    where ours hold a single step.
+    """
+    if platform != "cpu":
+        return {}
+    passes = (
+        "reshape-mover",
+        "simplify-while-loops",
+        "while-loop-invariant-code-motion",
+        "while-loop-constant-sinking",
+    )
+    return {"xla_disable_hlo_passes": ",".join(passes)}

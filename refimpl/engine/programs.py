@@ -28,7 +28,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax import Array
-from refimpl_kernels.compiling import row_stable_options
+from refimpl_kernels.compiling import row_stable_options, short_compilation_options
 
 from refimpl.engine import slots as on_slots
 from refimpl.engine.executables import ExecutableStore, store_of_this_machine
@@ -277,7 +277,8 @@ class Programs:
 
     @cached_property
     def _options(self) -> dict[str, str]:
-        stable = row_stable_options(jax.default_backend())
+        platform = jax.default_backend()
+        stable = row_stable_options(platform) | short_compilation_options(platform)
         return {**stable, **self.gemma.numerics.compiler_options}
 
     @cached_property
