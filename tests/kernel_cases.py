@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
-from refimpl_kernels.compiling import row_stable_options, short_compilation_options
+from refimpl_kernels.compiling import row_stable_options
 from refimpl_kernels.experts import Route
 from refimpl_kernels.matrix import Matrix, QuantizedMatrix
 
@@ -70,7 +70,7 @@ def assert_same_bits(actual: ArrayLike, expected: ArrayLike) -> None:
 def row_stable(function: Callable[..., Any]) -> jax.stages.Wrapped:
     """The function compiled as programs are that promise the same bits under any load."""
     platform = jax.default_backend()
-    options = row_stable_options(platform) | short_compilation_options(platform)
+    options = row_stable_options(platform)
     return jax.jit(function, compiler_options=options or None)
 
 

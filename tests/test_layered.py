@@ -45,12 +45,7 @@ def programs(name: str, *, steps: int) -> Programs:
 # Layers that read the keys of others, with inputs of their own and several streams. Gemma 3 is held
 # against its own program of several steps in test_invariance.py.
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * (name != "gemma3n"))
-        for name in TINY
-        if name != "gemma4_moe"
-    ],
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "gemma3n")) for name in TINY]
 )
 def test_the_bits_are_those_of_one_program(name: str) -> None:
     layered, whole = programs(name, steps=1), programs(name, steps=2)

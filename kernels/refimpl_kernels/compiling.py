@@ -1,4 +1,4 @@
-"""What to tell the compiler: what to trace once, how rows keep their bits, what not to try."""
+"""What to tell the compiler: what to trace once, and how rows keep their bits."""
 
 import functools
 from collections.abc import Callable
@@ -49,9 +49,12 @@ def row_stable_options(platform: str) -> dict[str, str]:
     otherwise on seven rows than on six, and attention otherwise for two requests than for one.
     The options leave YNNPACK only what no kernel here uses; XLA's own loops take each row alike.
 
-    They also let a CPU use the widest vectors it has. XLA keeps to 256 bits where a processor has
-    512, for fear of lower clock rates; a decode step of eight rows took a fifth less time with 512
-    (270M, Xeon with AVX-512).
+    Four passes stay off. With them on, a tiny Gemma 4 with experts rounded a request otherwise
+    among 16 than alone (tests/test_invariance_architectures.py, the long form).
+
+    The options also let a CPU use the widest vectors it has. XLA keeps to 256 bits where a
+    processor has 512, for fear of lower clock rates; a decode step of eight rows took a fifth less
+    time with 512 (270M, Xeon with AVX-512).
 
     Programs whose rows belong to different requests must be compiled with these options.
 
@@ -61,26 +64,14 @@ def row_stable_options(platform: str) -> dict[str, str]:
     """
     if platform != "cpu":
         return {}
-    return {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
-        "xla_cpu_prefer_vector_width": "512",
-    }
-
-
-def short_compilation_options(platform: str) -> dict[str, str]:
-    """Compiler options for `jax.jit` that leave out passes which find nothing in our programs.
-
-    XLA repeats its simplifications until nothing changes, each time over the whole program, and
-    these passes are most of what the unrolled layers of a decode step take to compile. One of the
-    four moves reshapes, one operation a round; three look for what could leave a loop or end it,
-    where ours hold a single step.
-    """
-    if platform != "cpu":
-        return {}
     passes = (
         "reshape-mover",
         "simplify-while-loops",
         "while-loop-invariant-code-motion",
         "while-loop-constant-sinking",
     )
-    return {"xla_disable_hlo_passes": ",".join(passes)}
+    return {
+        "xla_disable_hlo_passes": ",".join(passes),
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
+        "xla_cpu_prefer_vector_width": "512",
+    }

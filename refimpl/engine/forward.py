@@ -161,9 +161,6 @@ class Forward:
 
         def run(index: int, held: Held, call: LayerCall) -> tuple[Held | None, Stream]:
             with jax.named_scope(f"layer_{index}"):
-                if self.gemma.config.experts is not None:
-                    # Never apart: see `Programs.is_layered`.
-                    return self.layer(index, parameters[index], held, call)
                 held, call = jax.lax.optimization_barrier((held, call))
                 result = self.layer(index, parameters[index], held, call)
                 return jax.lax.optimization_barrier(result)

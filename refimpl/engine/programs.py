@@ -28,7 +28,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax import Array
-from refimpl_kernels.compiling import row_stable_options, short_compilation_options
+from refimpl_kernels.compiling import row_stable_options
 
 from refimpl.engine import slots as on_slots
 from refimpl.engine.executables import ExecutableStore, store_of_this_machine
@@ -103,10 +103,8 @@ class Programs:
         """Whether prefill and decode are made of programs for one layer each; see `layered.py`.
 
         One call of an accelerator does the work of many; and a loop of steps needs them all in it.
-        Layers with experts, compiled by themselves, were seen to round by company at 16 slots.
         """
-        has_experts = self.gemma.config.experts is not None
-        return self.max_steps == 1 and jax.default_backend() == "cpu" and not has_experts
+        return self.max_steps == 1 and jax.default_backend() == "cpu"
 
     def read_ahead(self, *names: str) -> None:
         """Begin to read what is kept of these programs, or of those whose names begin so."""
@@ -277,8 +275,7 @@ class Programs:
 
     @cached_property
     def _options(self) -> dict[str, str]:
-        platform = jax.default_backend()
-        stable = row_stable_options(platform) | short_compilation_options(platform)
+        stable = row_stable_options(jax.default_backend())
         return {**stable, **self.gemma.numerics.compiler_options}
 
     @cached_property
