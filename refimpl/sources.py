@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -80,17 +80,24 @@ def _namespaces() -> Iterator[Mapping[str, Any]]:
             names = dict(vars(module))
             yield names
             for value in names.values():
-                if isinstance(value, type) and _is_ours(value.__module__):
+                if issubclass(type(value), type) and _is_ours(value.__module__):
                     yield vars(value)
 
 
 def _is_from_a_file(value: Any) -> bool:
     """Whether a function is one of our files or of a library; what is no function is."""
-    if type(value).__module__ == "unittest.mock":
+    # By type: to ask a proxy, such as Quart's of the request, may be an error.
+    kind = type(value)
+    if kind.__module__ == "unittest.mock":
         return False
     # What a class holds may be around the function.
-    value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-    while isinstance(value, FunctionType):
+    if kind is property:
+        value = value.fget
+    elif kind in (classmethod, staticmethod):
+        value = value.__func__
+    elif kind is cached_property:
+        value = value.func
+    while type(value) is FunctionType:
         name = value.__code__.co_filename
         # What the library's decorators make has no file, but belongs to the module it is for.
         maker = value.__module__

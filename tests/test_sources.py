@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -37,6 +38,26 @@ def test_a_function_of_somebody_else_is_noticed(
         assert not sources.are_what_runs()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, MagicMock())
+        assert not sources.are_what_runs()
+    assert sources.are_what_runs()
+
+
+class Proxy:
+    """What cannot be asked for anything, as Quart's stand-in for a request outside of one."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+def test_a_value_that_cannot_be_asked_is_no_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refimpl_kernels.norm, "proxy", Proxy(), raising=False)
+    assert sources.are_what_runs()
+
+
+@pytest.mark.parametrize("wrap", [property, classmethod, staticmethod, cached_property])
+def test_what_a_class_wraps_is_looked_into(monkeypatch: pytest.MonkeyPatch, wrap: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "further", wrap(lambda *_: 0), raising=False)
         assert not sources.are_what_runs()
     assert sources.are_what_runs()
 
