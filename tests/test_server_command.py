@@ -73,6 +73,10 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def ended(self) -> int:
         """Its exit status; it has left no process behind."""
         status = self._process.wait(STOP_SECONDS)
@@ -110,12 +114,17 @@ class Server(Process):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "gemma_mqa")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, beside which is what was compiled for it."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "gemma_mqa")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
     process = Server(
         "--model", str(folder), "--slots", "1", "--context", "128", "--log-format", "json",
         REFIMPL_API_KEYS=KEY, REFIMPL_ALIASES="tea", REFIMPL_DRAIN_SECONDS=str(DRAIN_SECONDS),
-        REFIMPL_CACHE_DIR=str(tmp_path_factory.mktemp("cache")),
+        REFIMPL_CACHE_DIR=str(folder.parent),
     )  # fmt: skip
     try:
         process.url = process.wait_for(
@@ -254,6 +263,29 @@ def test_one_signal_lets_what_runs_end_another_does_not_and_either_exits_with_0(
     assert KEY not in printed
     assert PROMPT not in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_however_often_it_is_told_to_stop_it_exits_with_0(folder: Path, is_asked: bool) -> None:
+    with started(
+        "--model", str(folder), "--slots", "1", "--context", "128", "--no-require-model",
+        REFIMPL_CACHE_DIR=str(folder.parent),
+    ) as process:  # fmt: skip
+        url = process.wait_for(r"http://127\.0\.0\.1:\d+", process.err, seconds=START_SECONDS)
+        process.wait_for(r"Ctrl-C stops it", process.out, seconds=START_SECONDS)
+        with ThreadPoolExecutor() as pool, httpx2.Client(timeout=60) as client:
+            if is_asked:
+                asked = body(max_tokens=100, n=100)
+                pool.submit(client.post, f"{url}/v1/completions", json=asked)
+                time.sleep(0.5)
+            # More often than any step of its end takes, until Python's own is over, too.
+            while process.is_running:
+                process.signal(signal.SIGINT)
+                time.sleep(0.02)
+        assert process.ended() == 0
+        printed = "".join(process.err)
+        assert "Traceback" not in printed
+        assert "FATAL" not in printed
 
 
 def test_ctrl_c_while_it_loads_exits_with_0(tmp_path: Path) -> None:

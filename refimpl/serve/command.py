@@ -107,10 +107,11 @@ def _serve(settings: ServerSettings, plain_keys: str) -> None:
             print(_welcome(listener.url, service.names, has_keys=bool(keyring)), flush=True)
 
         run(create_app(service), service, listener, on_ready=on_ready)
-    if service.is_loading:
-        # Deep in a compiler, which a thread cannot be called back from, and Python would wait for.
-        sys.stderr.flush()
-        os._exit(0)
+    # Without Python's own end, which waits for a thread that is deep in the compiler, stops others
+    # within the device's library, and takes the handlers away that one more Ctrl-C would meet.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _welcome(url: str, names: tuple[str, ...], *, has_keys: bool) -> str:
