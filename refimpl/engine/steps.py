@@ -19,7 +19,6 @@ from refimpl.engine.packing import STEP_FIELDS
 from refimpl.engine.request import MAX_TOP_LOGPROBS
 from refimpl.engine.state import DecodeState
 from refimpl.model.gemma import Gemma
-from refimpl.model.implementations import implementations_for
 
 # A scored position needs a row of logits over the whole vocabulary, so few are made at once.
 SCORE_ROWS = 32
@@ -73,7 +72,7 @@ class Steps:
     ) -> Int32[Array, "t f"]:
         """What the model says of each position's next token, a few positions at a time."""
         module = self.gemma.module(parameters)
-        chosen = implementations_for(self.gemma.numerics, phase="prefill")
+        chosen = self.forward("prefill").implementations
 
         def rows(part: tuple[Array, Array]) -> Array:
             x, wanted = part

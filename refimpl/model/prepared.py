@@ -1,9 +1,9 @@
 """A checkpoint's weights as the device wants them, kept in a file for the next start.
 
 A GGUF file packs its integers. To unpack, check and transpose those of Gemma 3 270M takes about two
-seconds; to read the result about a quarter of one. So the result is kept, as a safetensors file
-beside what else is derived from a checkpoint, unless it is large: then reading it is what takes
-time, and a second copy on the disk is more than a user may want.
+seconds; to read the result and its checksum, half a second. So the result is kept, as a safetensors
+file beside what else is derived from a checkpoint, unless it is large: then reading it is what
+takes time, and a second copy on the disk is more than a user may want.
 
 A file belongs to one state of one checkpoint and of our sources, and holds its own checksum. Any
 other is made anew.
