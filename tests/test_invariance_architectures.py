@@ -11,6 +11,7 @@ from refimpl_weights.synthetic import TINY
 
 from refimpl.engine.request import Request
 from tests.engines import Desk, bits, prompt_ids, random_requests, request_of, tiny_programs
+from tests.tiny_models import GOLDEN
 
 # One token (no prefill), both chunk lengths, one prefix block and two.
 LENGTHS = (1, 20, 33, 130, 260)
@@ -57,6 +58,18 @@ def compared(name: str, *, slots: int, turns: int) -> int:
 @pytest.mark.parametrize("name", BRIEFLY)
 def test_in_company_as_alone(name: str) -> None:
     assert compared(name, slots=2, turns=6) == 60
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in BRIEFLY)) for name in TINY]
+)
+def test_greedy_continuation_is_hugging_face_s(name: str) -> None:
+    """By the programs of the engine, in which each layer is one by itself."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    prompt = golden["greedy.prompt"].tolist()
+    request = request_of(prompt, max_tokens=64, temperature=0.0, ignore_eos=True)
+    got = Desk(tiny_programs(name, slots=2)).complete(request)
+    assert got.choices[0].token_ids == tuple(golden["greedy.ids"].tolist())
 
 
 @pytest.mark.long

@@ -431,5 +431,5 @@ def test_merges_that_are_no_strings_are_refused(tmp_path: Path, merge: object) -
     content["model"]["merges"].append(merge)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(TokenizerError, match=r"not two pieces|merges do not fit"):
+    with pytest.raises(TokenizerError, match="not two pieces"):
         Tokenizer.from_file(path)

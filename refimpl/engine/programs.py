@@ -210,12 +210,13 @@ class Programs:
             place = np.zeros(2, np.int32)
             return run(self.load, place, self.save(parameters, current, jax.device_put(place)))
 
-        for chunk in CHUNKS:
-            yield f"prefill {chunk}", partial(run, self.prefill, np.zeros(3 + chunk, np.int32))
+        # What takes most memory to compile comes first, while little is held yet.
         for width in self.widths:
             # One step of no slot: a loop of no steps would leave its body's first run to a request.
             nobody = np.array([1, *[-1] * width], np.int32)
             yield f"decode {width}", partial(run, self.decode, nobody)
+        for chunk in CHUNKS:
+            yield f"prefill {chunk}", partial(run, self.prefill, np.zeros(3 + chunk, np.int32))
         fields = len(ADMISSION_INTEGERS) + len(ADMISSION_FLOATS) + MAX_STOP_IDS
         yield "admit", partial(run, self.admit, np.zeros(fields, np.int32))
         yield "fork", partial(run, self.fork, np.zeros(2, np.int32))

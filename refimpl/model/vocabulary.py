@@ -114,12 +114,16 @@ def to_merges(stored: Iterable[Any], *, where: str) -> list[tuple[str, str]]:
         else (tuple(item) if isinstance(item, list) else (item,))
         for item in stored
     ]
-    if wrong := [merge for merge in merges if len(merge) != 2]:
+    if wrong := [merge for merge in merges if not _is_pair(merge)]:
         raise TokenizerError(
             f"{where} has {len(wrong)} items that are not two pieces, {wrong[0]!r:.80} the first; "
             "expected pairs alone. The file is damaged, convert or download it again"
         )
     return merges
+
+
+def _is_pair(merge: tuple[Any, ...]) -> bool:
+    return len(merge) == 2 and isinstance(merge[0], str) and isinstance(merge[1], str)
 
 
 def build_engine(vocabulary: Vocabulary) -> tokenizers.Tokenizer:

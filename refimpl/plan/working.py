@@ -2,10 +2,10 @@
 
 Compilers decide in the end. Counted are the few intermediates that grow with the vocabulary, the
 widest matrix or the context; all others are small beside them, and the margin is there for those.
-For two layers of Gemma 3 270M with 8 slots of 32,768 tokens the estimate in float32 is 176 MB, and
-XLA's own account of its largest program on a CPU is 143 MB. In bfloat16 it holds for devices that
-multiply bfloat16: a CPU widens whole matrices and the cached keys first, and needs 764 MB where
-the estimate is 453.
+For two layers of Gemma 3 270M with 8 slots of 32,768 tokens the estimate in float32 is 126 MB, and
+XLA's own account of its largest program on a CPU is 120 MB; for 16 slots 210 and 145. In bfloat16
+it holds for devices that multiply bfloat16: a CPU widens whole matrices and the cached keys first,
+and needs 764 MB where the estimate is 403.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,16 @@ from jax.sharding import AbstractMesh
 from refimpl_kernels.linear import DOT_TILE
 
 from refimpl.engine.programs import CHUNKS, WIDTHS
-from refimpl.engine.steps import SCORE_ROWS
+from refimpl.engine.steps import RANKED_ROWS, SCORE_ROWS
 from refimpl.model.config import GemmaConfig
 from refimpl.model.numerics import Numerics
 from refimpl.model.sharding import parameter_shapes, shares_of
 
 _FLOAT32 = 4
-# Logits, what penalties and the temperature make of them, noise, and their sum.
-_ARRAYS_OVER_VOCABULARY = 4
+# Arrays over the vocabulary, for each row: of what is drawn, logits, what penalties and the
+# temperature make of them, noise, and what XLA keeps on the way; of what is ranked, logits apart.
+_ARRAYS_OF_DRAWING = 10
+_ARRAYS_OF_RANKING = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Working:
     """Bytes of a device, of what is not there between two programs. One program runs at a time.
 
     Attributes:
-        vocabulary: rows of logits in float32, and what sampling makes of them, undivided.
+        vocabulary: rows of logits in float32, and what drawing or ranking makes of them, undivided.
         widened: as many columns as a product widens to float32 at once, of the matrix where they
             are most; nothing where weights are float32.
         attention: scores and weights in float32, and the keys and values of the rows of a call, of
@@ -62,14 +64,17 @@ def working_memory(
         slots: choices that run together.
         context: positions that each can hold.
     """
-    rows = max(SCORE_ROWS, _width(slots))
+    rows = max(
+        SCORE_ROWS + _ARRAYS_OF_RANKING * RANKED_ROWS,
+        _ARRAYS_OF_DRAWING * _width(slots),
+    )
     widths = [
         shape[0] * min(DOT_TILE, shape[1] // shares_of(shape[1], mesh))
         for shape in parameter_shapes(config).values()
         if len(shape) == 2
     ]
     return Working(
-        vocabulary=_ARRAYS_OVER_VOCABULARY * rows * config.vocab_size * _FLOAT32,
+        vocabulary=rows * config.vocab_size * _FLOAT32,
         widened=0 if is_wide else max(widths) * _FLOAT32,
         attention=0
         if numerics.activation == "float32"
