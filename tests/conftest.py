@@ -7,11 +7,11 @@ import tempfile
 import jax
 import pytest
 
+from tests import compiled
+
 # An accidental float64 or a silent broadcast of ranks is how a wrong number gets in.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-_COMPILED = "REFIMPL_TEST_COMPILED"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,9 +20,18 @@ def pytest_configure(config: pytest.Config) -> None:
     Files in different processes compile the same tiny models; once is enough.
     """
     del config
-    if _COMPILED not in os.environ:
-        os.environ[_COMPILED] = tempfile.mkdtemp(prefix="refimpl-test-compiled-")
-    jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
+    if compiled.VARIABLE not in os.environ:
+        os.environ[compiled.VARIABLE] = tempfile.mkdtemp(prefix="refimpl-test-compiled-")
+    _use_the_cache()
+
+
+def pytest_runtest_teardown() -> None:
+    """`refimpl.load` names another cache, in which the processes of a run would share nothing."""
+    _use_the_cache()
+
+
+def _use_the_cache() -> None:
+    jax.config.update("jax_compilation_cache_dir", str(compiled.folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -30,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The first process, which no other one started, takes the cache away."""
     if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ.pop(_COMPILED))
+        shutil.rmtree(os.environ.pop(compiled.VARIABLE))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

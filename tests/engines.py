@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from refimpl_weights import synthetic
 
 from refimpl.engine.engine import Engine, EngineOptions
@@ -21,6 +22,7 @@ from refimpl.engine.request import Request, SamplingParams
 from refimpl.engine.session import Session
 from refimpl.engine.worker import Worker
 from refimpl.model.gemma import Gemma, load_checkpoint
+from tests import compiled
 
 ARCHITECTURE = os.environ.get("REFIMPL_TEST_ARCHITECTURE", "gemma3")
 # Three blocks of the prefix cache.
@@ -36,13 +38,18 @@ def tiny_gemma(name: str) -> Gemma:
 
 
 def tiny_programs(name: str = ARCHITECTURE, *, slots: int = 16, steps: int = 1) -> Programs:
-    """Programs, once for each size. They compile when the first engine or worker starts."""
+    """Programs, compiled, once for each size."""
     return _programs(name, slots, steps)
 
 
 @cache
 def _programs(name: str, slots: int, steps: int) -> Programs:
-    return Programs(gemma=tiny_gemma(name), slots=slots, context=CONTEXT, max_steps=steps)
+    made = Programs(gemma=tiny_gemma(name), slots=slots, context=CONTEXT, max_steps=steps)
+    # Of the processes of a run that want the same programs, one compiles and the others wait and
+    # read: each has but its share of the machine.
+    with FileLock(compiled.folder() / f"{name}-{slots}-{steps}.lock"):
+        Desk(made)
+    return made
 
 
 def tiny_engine(

@@ -32,6 +32,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 @pytest.mark.timeout(900)
 def test_what_is_printed(plan: Plan, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "describe_machine", lambda: MACHINE)
+    monkeypatch.setenv("REFIMPL_CACHE_DIR", str(plan.path.parent))
     print_server_benchmark(plan, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["machine", "model", "plan", "rows"]

@@ -24,7 +24,7 @@ BOUND = 1e-3
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     gemma = load_checkpoint(embedded.assemble(), cache_dir=embedded.cache_folder())
-    with Engine(gemma, EngineOptions(slots=1, context=4096, compile_at_start=False)) as started:
+    with Engine(gemma, EngineOptions(slots=2, context=4096, compile_at_start=False)) as started:
         yield started
 
 

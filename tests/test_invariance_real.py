@@ -24,7 +24,8 @@ LENGTHS = (1, 7, 129, 600)
 @pytest.fixture(scope="module")
 def desk() -> Desk:
     gemma = load_checkpoint(locate(None), cache_dir=cache_folder())
-    return Desk(Programs(gemma=gemma, slots=SLOTS, context=640), prefix_bytes=1 << 26)
+    # Of the size of those in test_golden_real.py, so that they are compiled once for both.
+    return Desk(Programs(gemma=gemma, slots=SLOTS, context=4096), prefix_bytes=1 << 26)
 
 
 @pytest.fixture(scope="module")
