@@ -20,6 +20,7 @@ from refimpl.plan.models import EPILOG as MODELS_EPILOG
 from refimpl.plan.models import models
 from refimpl.progress import Progress
 from refimpl.serve.command import EPILOG, serve
+from refimpl.signals import ending_at_interrupt
 
 if TYPE_CHECKING:
     from refimpl.engine.engine import Engine
@@ -124,7 +125,7 @@ def complete(
     _refuse_empty(prompt, "the prompt")
     events = []
     with ExitStack() as stack:
-        with Progress() as progress:
+        with ending_at_interrupt(), Progress() as progress:
             gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
             ids = gemma.tokenizer.encode(prompt)
             engine = stack.enter_context(_engine_for(gemma, ids, params))
@@ -176,7 +177,7 @@ def score(
     from refimpl.engine.request import SamplingParams
 
     wanted = _read_text(text, file)
-    with Progress() as progress:
+    with ending_at_interrupt(), Progress() as progress:
         gemma = refimpl.load(model, numerics=numerics, progress=progress.update)
         ids = gemma.tokenizer.encode(wanted)
         with (

@@ -287,3 +287,31 @@ def test_ctrl_c_while_starting_ends_the_script_quietly(monkeypatch, capsys) -> N
         entry.main()
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "refimpl: interrupted\n"
+
+
+INTERRUPTED_WITHIN_A_CALLBACK = """
+import gc, os, signal, sys
+import refimpl
+from refimpl.__main__ import main
+
+def load(*_, **__):
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    gc.collect()
+    sys.exit("it went on")
+
+refimpl.load = load
+sys.argv = ["refimpl", sys.argv[1], "text"]
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["complete", "score"])
+def test_ctrl_c_within_a_callback_is_heeded(command: str) -> None:
+    """Python drops what is raised within a callback of the garbage collector, as JAX has one."""
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_WITHIN_A_CALLBACK, command],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"refimpl: interrupted\n")

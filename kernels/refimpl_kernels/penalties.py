@@ -11,7 +11,8 @@ In this order, each step for the rows that ask for it:
 
 all in float32, 1 / r and 1 / frequency rounded to float32 first. These are quotients where products
 would do, because a compiler may contract a product and the sum that follows it to one rounding, and
-then the same request would round otherwise in another program. A quotient is never contracted.
+then the same request would round otherwise in another program. A quotient is never contracted; on
+a GPU it may be a unit in the last place off (see `refimpl_kernels.sampling`).
 """
 
 import jax.numpy as jnp

@@ -5,8 +5,10 @@
 which draws from the softmax over the kept ids (the Gumbel-max trick, Gumbel 1954). The noise of an
 id comes from a counter keyed by the request alone, so a draw does not depend on the batch, the
 slot, or how often anybody drew before. All that follows the one division is integer arithmetic, so
-the token is the same on every device, and another implementation can agree on every bit; see
-`tests/oracle/sampler.py` for one.
+the token is the same on every device that divides truly, and another implementation can agree on
+every bit; see `tests/oracle/sampler.py` for one. XLA's GPU backend does not divide truly: on an
+H200 one quotient in six was a unit in the last place off, which can turn a draw between two ids
+whose scores are that close.
 
 The definition, version 1. `logit` is a processed logit, as `refimpl_kernels.penalties` defines it;
 only ids below the vocabulary's size take part, and the order of ids is (logit descending, id

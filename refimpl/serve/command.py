@@ -13,9 +13,9 @@ import typer
 
 from refimpl.errors import InvalidRequestError
 from refimpl.serve.options import with_a_flag_for_each_setting
-from refimpl.serve.signals import ending_at_signals
 from refimpl.server.settings import ServerSettings
 from refimpl.server.sources import KEYS_VARIABLE, PREFIX, Resolved, resolve
+from refimpl.signals import ending_at_signals
 
 EPILOG = (
     "Every flag can be set in the environment, too (`--max-queue` as `REFIMPL_MAX_QUEUE`), and "
