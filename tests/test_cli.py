@@ -18,6 +18,7 @@ from refimpl.engine.engine import Engine, EngineOptions
 from refimpl.engine.events import Choice
 from refimpl.engine.request import SamplingParams
 from refimpl.model.gemma import load_checkpoint
+from tests import compiled
 from tests.tiny_variations import text_tensors, write_folder
 
 
@@ -34,9 +35,9 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REFIMPL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("REFIMPL_CACHE_DIR", str(compiled.folder()))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 

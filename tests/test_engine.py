@@ -60,8 +60,8 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[Engine]:
-    """Four slots, four steps a call."""
-    with tiny_engine(slots=4, steps=4) as started:
+    """Two slots, four steps a call."""
+    with tiny_engine(slots=2, steps=4) as started:
         yield started
 
 
@@ -272,7 +272,7 @@ def test_many_choices_on_few_slots(small: Engine) -> None:
         assert len({choice.token_ids for choice in got.choices}) > 100
         assert got.completion_tokens == 256
     wait_until(lambda: is_at_rest(small))
-    assert worker_of(small).scheduler.num_free == 4
+    assert worker_of(small).scheduler.num_free == 2
 
 
 def test_best_of_keeps_the_likeliest(engine: Engine) -> None:
@@ -709,7 +709,7 @@ def test_five_hundred_random_steps_leave_nothing_behind(small: Engine) -> None:
         collect(request, events)
     wait_until(lambda: is_at_rest(small))
     worker = worker_of(small)
-    assert worker.scheduler.num_free == 4
+    assert worker.scheduler.num_free == 2
     held = (worker._sessions, worker._keys, worker._owners, worker._sources, loop._readers)
     assert [len(each) for each in held] == [0] * 5
     small.complete([2], SamplingParams(max_tokens=1))

@@ -191,7 +191,7 @@ def test_choices_do_not_depend_on_how_many_there_are_nor_on_the_slots() -> None:
             repetition_penalty=1.2, stop=("a",), n=1,
         )  # fmt: skip
         many = alone(with_params(request, n=37), desk()).choices
-        few_slots = alone(with_params(request, n=37), desk(slots=4, steps=4)).choices
+        few_slots = alone(with_params(request, n=37), desk(slots=2, steps=4)).choices
         three = alone(with_params(request, n=3), desk()).choices
         assert len({choice.token_ids for choice in many}) > 20
         COMPARED[0] += 37 + 3 + 1
@@ -201,8 +201,8 @@ def test_choices_do_not_depend_on_how_many_there_are_nor_on_the_slots() -> None:
 
 
 def test_many_steps_in_a_call() -> None:
-    """On an engine of other sizes: four slots, four steps."""
-    at = desk(slots=4, steps=4)
+    """On an engine of other sizes: two slots, four steps."""
+    at = desk(slots=2, steps=4)
     for number, request in enumerate(subjects()):
         hold(number, bits(alone(request, at)))
     random = np.random.default_rng(4)

@@ -47,7 +47,7 @@ def test_the_references_differ(alone: list[str]) -> None:
     assert len(set(alone)) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_among_others_in_any_slot(
     desk: Desk, requests: list[Request], alone: list[str], seed: int
 ) -> None:

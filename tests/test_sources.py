@@ -87,8 +87,7 @@ engine = refimpl.Engine(
     refimpl.EngineOptions(slots=1, context=128, compile_at_start=False),
 )
 with engine:
-    params = refimpl.SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-    print(engine.complete([2], params).choices[0])
+    print(engine.score([2, 50, 60]))
 """
 
 
