@@ -4,6 +4,7 @@ The tests of the engine hold for every architecture. They run for Gemma 3 unless
 names another tiny model: REFIMPL_TEST_ARCHITECTURE=gemma3n pytest tests/test_engine.py ...
 """
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,17 @@ def _programs(name: str, slots: int, steps: int) -> Programs:
     with FileLock(compiled.folder() / f"{name}-{slots}-{steps}.lock"):
         Desk(made)
     return made
+
+
+def forget_programs() -> None:
+    """Let go of all models and programs.
+
+    For files with many architectures: each engine's programs take thousands of memory maps, of
+    which Linux gives a process 65,530, and XLA crashes when there are no more.
+    """
+    _programs.cache_clear()
+    tiny_gemma.cache_clear()
+    gc.collect()
 
 
 def tiny_engine(

@@ -5,12 +5,22 @@ per-layer inputs and several streams. Sixteen slots and the rest of the architec
 run.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from refimpl_weights.synthetic import TINY
 
 from refimpl.engine.request import Request
-from tests.engines import Desk, bits, prompt_ids, random_requests, request_of, tiny_programs
+from tests.engines import (
+    Desk,
+    bits,
+    forget_programs,
+    prompt_ids,
+    random_requests,
+    request_of,
+    tiny_programs,
+)
 from tests.tiny_models import GOLDEN
 
 # One token (no prefill), both chunk lengths, one prefix block and two.
@@ -19,6 +29,12 @@ BRIEFLY = ("gemma3n", "gemma4_moe")
 
 # Compiles all programs of a model.
 pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time() -> Iterator[None]:
+    yield
+    forget_programs()
 
 
 def alone(request: Request, at: Desk) -> str:

@@ -2,8 +2,8 @@
 layers."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,24 @@ from refimpl.engine.layered import Layered
 from refimpl.engine.program import Program
 from refimpl.engine.programs import Programs
 from refimpl.model.gemma import Gemma, load_checkpoint
-from tests.engines import CONTEXT, Desk, bits, prompt_ids, request_of, tiny_gemma
+from tests.engines import (
+    CONTEXT,
+    Desk,
+    bits,
+    forget_programs,
+    prompt_ids,
+    request_of,
+    tiny_gemma,
+)
 
 # The long form compiles all programs of a model, twice.
 pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time() -> Iterator[None]:
+    yield
+    forget_programs()
 
 
 def answers(at: Desk) -> list[str]:
@@ -38,7 +52,6 @@ def answers(at: Desk) -> list[str]:
     return [*alone, bits(at.complete(scored)), *(bits(at.completion(key)) for key in keys)]
 
 
-@cache
 def programs(name: str, *, steps: int) -> Programs:
     return Programs(gemma=tiny_gemma(name), slots=2, context=CONTEXT, max_steps=steps)
 
