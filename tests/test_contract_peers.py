@@ -37,7 +37,7 @@ from refimpl.server.lifecycle import Service
 from refimpl.server.loading import Loaded
 from refimpl.server.settings import ServerSettings
 from tests.engines import tiny_engine
-from tests.servers import FINGERPRINT, MODEL, NAMES, Client, client_of, tiny_client, until
+from tests.servers import FINGERPRINT, MODEL, NAMES, SLOTS, Client, client_of, tiny_client, until
 
 TEXT = "the cat sat"
 # Tokens of whole letters: " t", "in", " a", "er", "on", "he", "re", "or", ... 20 of them.
@@ -468,7 +468,7 @@ def test_an_engine_that_fails_is_a_500_or_an_event_and_the_end(client, after):
 
 
 def test_an_engine_that_is_gone_is_not_healthy():
-    engine = tiny_engine()
+    engine = tiny_engine(slots=SLOTS)
     engine.options = replace(engine.options, compile_at_start=False)
     with engine:
         client = client_of(engine)
