@@ -37,17 +37,20 @@ def ending_at_interrupt() -> Iterator[None]:
 def _handled_by(
     handler: Callable[..., None], *numbers: signal.Signals, are_restored: bool
 ) -> Iterator[None]:
-    """Signals have another handler, which they keep unless an exception ends it."""
+    """Signals have another handler; afterwards the one before, if so told or at an exception."""
     before = {number: signal.signal(number, handler) for number in numbers}
+
+    def restore() -> None:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+
     try:
         yield
     except BaseException:
-        are_restored = True
+        restore()
         raise
-    finally:
-        if are_restored:
-            for number, usual in before.items():
-                signal.signal(number, usual)
+    if are_restored:
+        restore()
 
 
 def _end_process(*_: object) -> None:

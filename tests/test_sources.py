@@ -75,7 +75,7 @@ import refimpl.model.layers as layers
 norm = layers.RMSNorm.__call__
 layers.RMSNorm.__call__ = lambda self, x: norm(self, x) * 1.5
 """
-COMPLETE = """
+SCORE = """
 import sys
 import refimpl
 from refimpl.engine.compile_cache import enable_compile_cache
@@ -106,10 +106,10 @@ def test_what_a_notebook_replaced_is_neither_kept_nor_forgotten(
         )
         return ended.stdout
 
-    patched, clean = answer(PATCHED + COMPLETE), answer(COMPLETE)
+    patched, clean = answer(PATCHED + SCORE), answer(SCORE)
     assert patched != clean
     # By a process that has another device, which programs for one do not concern; then read back.
-    assert answer(COMPLETE, devices=2) == answer(COMPLETE, devices=2) == clean
+    assert answer(SCORE, devices=2) == answer(SCORE, devices=2) == clean
 
 
 @pytest.fixture

@@ -145,8 +145,8 @@ def reset(state: DecodeState, slot: Int32[Array, "1"]) -> DecodeState:
 def _with_row(held: Shaped[Array, "b *r"], slot: Int32[Array, ""], row: Array) -> Array:
     """The array with a slot's part of it replaced.
 
-    An update of a slice, where `held.at[slot].set` would be a scatter: that compiles to a loop for
-    each array, and copied 100 MB for a moment when a slot was cleared.
+    An update of a slice, in place. `held.at[slot].set` would be a scatter, which XLA compiles to a
+    loop for each array.
     """
     return lax.dynamic_update_index_in_dim(held, row, slot, axis=0)
 

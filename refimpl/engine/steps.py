@@ -20,7 +20,7 @@ from refimpl.engine.request import MAX_TOP_LOGPROBS
 from refimpl.engine.state import DecodeState
 from refimpl.model.gemma import Gemma
 
-# A scored position needs a row of logits over the whole vocabulary, so few are made at once: 32 MB
+# A scored position needs a row of logits over the whole vocabulary, so few are made at once: 34 MB
 # for 32 of Gemma 3. What is computed of a row takes three times as much, so fewer still are ranked.
 SCORE_ROWS = 32
 RANKED_ROWS = 8
