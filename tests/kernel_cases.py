@@ -17,7 +17,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 from refimpl_kernels.compiling import row_stable_options
 from refimpl_kernels.experts import Route
-from refimpl_kernels.matrix import Matrix, QuantizedMatrix
+from refimpl_kernels.matrix import Matrix, OutputMajorMatrix, QuantizedMatrix
 
 UNIT = 2.0**-24
 BFLOAT16_UNIT = 2.0**-8
@@ -74,14 +74,17 @@ def row_stable(function: Callable[..., Any]) -> jax.stages.Wrapped:
     return jax.jit(function, compiler_options=options or None)
 
 
-STORED_AS = ("float32", "bfloat16", "float16", "q16", "q16-", "q32", "q32-")
+STORED_AS = ("float32", "bfloat16", "float16", "q16", "q16-", "q32", "q32-", "o16-", "o32")
 
 
 def matrix(stored_as: str, inputs: int, outputs: int) -> Matrix:
     """Random weights; "q32-" is quantized in blocks of 32 with minimums, "q16" in 16s without.
 
-    Scales are as in ggml: a float16 times an integer of six bits.
+    "o32-" and "o16" hold the same numbers, stored by outputs. Scales are as in ggml: a float16
+    times an integer of six bits.
     """
+    if stored_as.startswith("o"):
+        return turned(matrix(f"q{stored_as[1:]}", inputs, outputs))
     if not stored_as.startswith("q"):
         return jnp.asarray(normal(inputs, outputs), stored_as)
     random = np.random.default_rng([inputs, outputs])
@@ -96,8 +99,19 @@ def matrix(stored_as: str, inputs: int, outputs: int) -> Matrix:
     return QuantizedMatrix(jnp.asarray(values), jnp.asarray(scales), minimums)
 
 
+def turned(matrix: Matrix) -> Matrix:
+    """A quantized matrix stored by outputs where it was by inputs, or by inputs."""
+    assert not isinstance(matrix, Array)
+    is_by_output = isinstance(matrix, OutputMajorMatrix)
+    kind = QuantizedMatrix if is_by_output else OutputMajorMatrix
+    minimums = None if matrix.minimums is None else matrix.minimums.T
+    return kind(matrix.values.T, matrix.scales.T, minimums)
+
+
 def parts(matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
     """In float64, what the matrix holds: products of scale and value, and minimums or zeros."""
+    if isinstance(matrix, OutputMajorMatrix):
+        return parts(turned(matrix))
     if not isinstance(matrix, QuantizedMatrix):
         return float64(matrix), np.zeros(matrix.shape)
     scales, minimums = (

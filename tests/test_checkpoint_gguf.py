@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from refimpl_kernels.matrix import QuantizedMatrix
+from refimpl_kernels.matrix import OutputMajorMatrix, QuantizedMatrix
 from refimpl_weights import synthetic_gguf
 
 from refimpl.model.checkpoint import open_checkpoint
@@ -54,7 +54,8 @@ def test_every_type_arrives_as_the_gguf_package_reads_it(tmp_path, tensor_type):
         assert {matrix.dtype for matrix in matrices} == {np.dtype(plain[tensor_type])}
     else:
         # Never widened: a byte a weight, and a scale a block.
-        assert all(isinstance(matrix, QuantizedMatrix) for matrix in matrices)
+        assert sum(isinstance(matrix, QuantizedMatrix) for matrix in matrices) == 1
+        assert sum(isinstance(matrix, OutputMajorMatrix) for matrix in matrices) == 4
         assert {leaf.values.dtype for leaf in matrices} == {np.dtype(np.int8)}
 
 

@@ -18,6 +18,7 @@ from refimpl_kernels.gelu import gelu
 from refimpl_kernels.linear import LinearImplementation, linear
 from refimpl_kernels.matrix import (
     Matrix,
+    OutputMajorMatrix,
     QuantizedMatrix,
     dequantize,
     padded_outputs,
@@ -32,18 +33,18 @@ from tests.kernel_cases import STORED_AS, assert_same_bits, matrix, normal, row_
 MOST = 16
 SHAPES = {
     # Fewer outputs than a vector of the processor, one more, and an odd number of vectors.
-    (64, 5): ("float32", "q32-"),
+    (64, 5): ("float32", "q32-", "o32-"),
     # One step, which is no loop any more.
     (4, 16): ("float32",),
-    (64, 17): ("q32-",),
+    (64, 17): ("q32-", "o16"),
     (96, 100): STORED_AS,
     # Fused projections and the way back of Gemma 3 270M.
-    (640, 4096): ("float32", "q32-"),
-    (2048, 640): ("bfloat16", "q32"),
+    (640, 4096): ("float32", "q32-", "o32"),
+    (2048, 640): ("bfloat16", "q32", "o32-"),
     # A unit a step, as a head has it.
     (96, 8192): ("float32", "q16", "q32-"),
     # More groups than are in memory at once.
-    (4096, 40): ("q16-", "q32"),
+    (4096, 40): ("q16-", "q32", "o16-", "o32"),
 }
 
 
@@ -112,13 +113,17 @@ def test_columns_for_the_caches_count_for_nothing(
         assert_same_bits(got, expected)
 
 
-def test_a_loaded_matrix_has_them() -> None:
+def test_a_loaded_table_has_them_and_another_matrix_stays_as_it_lies() -> None:
     values = np.arange(4096 * 32, dtype=np.int64).reshape(4096, 32).astype(np.int8)
     stored = QuantizedArray(values, np.ones((4096, 1), np.float32), None)
-    loaded = to_device([stored])
-    assert isinstance(loaded, QuantizedMatrix)
-    assert loaded.values.shape == (32, 4096 + 64)
-    np.testing.assert_array_equal(dequantize(loaded), values.T)
+    table = to_device([stored], is_table=True)
+    assert isinstance(table, QuantizedMatrix)
+    assert table.values.shape == (32, 4096 + 64)
+    loaded = to_device([stored], is_table=False)
+    assert isinstance(loaded, OutputMajorMatrix)
+    assert loaded.values.shape == (4096, 32)
+    for found in (table, loaded):
+        np.testing.assert_array_equal(dequantize(found), values.T)
 
 
 def test_a_row_of_bfloat16_does_too() -> None:

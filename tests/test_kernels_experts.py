@@ -15,7 +15,7 @@ from refimpl_kernels import spec
 from refimpl_kernels.experts import Route, mix_experts
 from refimpl_kernels.gelu import gelu
 from refimpl_kernels.linear import LinearImplementation
-from refimpl_kernels.matrix import Matrix, QuantizedMatrix, slice_columns
+from refimpl_kernels.matrix import Matrix, OutputMajorMatrix, QuantizedMatrix, slice_columns
 
 from tests.kernel_cases import (
     UNIT,
@@ -222,11 +222,12 @@ def without(stored: Matrix, num_experts: int, used: np.ndarray) -> Matrix:
     """The matrix with nothing but nan for experts that are not among the used."""
     width = stored.shape[1] // num_experts
     is_used = jnp.asarray(np.isin(np.arange(num_experts), used).repeat(width))[None]
+    is_used = is_used.T if isinstance(stored, OutputMajorMatrix) else is_used
 
     def fill(leaf: Array) -> Array:
         return jnp.where(is_used, leaf, jnp.asarray(jnp.nan, leaf.dtype))
 
-    if isinstance(stored, QuantizedMatrix):
+    if isinstance(stored, QuantizedMatrix | OutputMajorMatrix):
         return replace(stored, scales=fill(stored.scales))
     return fill(stored)
 
@@ -309,7 +310,7 @@ def test_a_step_of_the_loop_multiplies_one_block_by_one_expert() -> None:
     assert products(program) == [((2, 32), (32, 48)), ((2, 24), (24, 32))]
 
 
-@pytest.mark.parametrize("stored_as", ["bfloat16", "q16-"])
+@pytest.mark.parametrize("stored_as", ["bfloat16", "q16-", "o16-"])
 def test_columns_from_a_traced_place_are_those_from_a_known_one(stored_as: str) -> None:
     stored = matrix(stored_as, 32, 40)
     from_traced = jax.jit(partial(slice_columns, length=8))

@@ -16,6 +16,7 @@ from refimpl_kernels import spec
 from refimpl_kernels.linear import LinearImplementation, linear
 from refimpl_kernels.matrix import (
     Matrix,
+    OutputMajorMatrix,
     QuantizedMatrix,
     dequantize,
     slice_columns,
@@ -33,10 +34,11 @@ from tests.kernel_cases import (
     parts,
     row_stable,
     summed,
+    turned,
 )
 
 IMPLEMENTATIONS: tuple[LinearImplementation, ...] = ("dot", "chain")
-QUANTIZED = tuple(stored_as for stored_as in STORED_AS if stored_as.startswith("q"))
+QUANTIZED = tuple(stored_as for stored_as in STORED_AS if stored_as[0] in "qo")
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_stored_form = pytest.mark.parametrize("stored_as", STORED_AS)
@@ -70,6 +72,8 @@ Inputs = dict[Case, tuple[Array, Matrix]]
 
 
 def spec_linear(x: Array, weight: Matrix) -> Array:
+    if isinstance(weight, OutputMajorMatrix):
+        return spec_linear(x, turned(weight))
     if isinstance(weight, QuantizedMatrix):
         return spec.linear(x, spec.dequantize(weight.values, weight.scales, weight.minimums))
     return spec.linear(x, weight)
@@ -157,8 +161,10 @@ def test_more_outputs_than_a_tile_are_the_spec(
 @every_quantized_form
 def test_dequantized_weights_are_the_spec_bit_for_bit(stored_as: str) -> None:
     weight = matrix(stored_as, 64, 24)
-    assert isinstance(weight, QuantizedMatrix)
-    expected = spec.dequantize(weight.values, weight.scales, weight.minimums)
+    assert isinstance(weight, QuantizedMatrix | OutputMajorMatrix)
+    by_input = turned(weight) if isinstance(weight, OutputMajorMatrix) else weight
+    assert isinstance(by_input, QuantizedMatrix)
+    expected = spec.dequantize(by_input.values, by_input.scales, by_input.minimums)
     products, minimums = parts(weight)
     assert_same_bits(expected, (products - minimums).astype(np.float32))
     assert_same_bits(dequantize(weight), expected)
@@ -174,18 +180,19 @@ def test_taken_columns_are_the_weights_columns(stored_as: str, shape: tuple[int,
     found = jax.jit(take_columns)(weight, jnp.asarray(indices))
     products, minimums = parts(weight)
     dense = np.asarray(products - minimums)[:, indices]
-    dtype = jnp.float32 if isinstance(weight, QuantizedMatrix) else weight.dtype
+    dtype = weight.dtype if isinstance(weight, Array) else jnp.float32
     assert found.dtype == dtype
     assert_same_bits(found, np.moveaxis(dense, 0, -1).astype(dtype))
 
 
-def test_a_quantized_matrix_knows_its_shape_block_and_size() -> None:
-    weight = matrix("q16-", 64, 24)
-    assert isinstance(weight, QuantizedMatrix)
+@pytest.mark.parametrize("stored_as", ["q16-", "o16-"])
+def test_a_quantized_matrix_knows_its_shape_block_and_size(stored_as: str) -> None:
+    weight = matrix(stored_as, 64, 24)
+    assert isinstance(weight, QuantizedMatrix | OutputMajorMatrix)
     assert (weight.shape, weight.block) == ((64, 24), 16)
     assert weight.nbytes == 64 * 24 + 2 * 4 * 24 * 4
     some = slice_columns(weight, 5, 7)
-    assert isinstance(some, QuantizedMatrix)
+    assert isinstance(some, type(weight))
     assert (some.shape, some.block) == ((64, 7), 16)
     assert_same_bits(dequantize(some), dequantize(weight)[:, 5:12])
 
@@ -206,6 +213,19 @@ def test_a_quantized_block_that_is_no_multiple_of_eight_is_for_dot_alone() -> No
     weight = QuantizedMatrix(jnp.ones((16, 16), jnp.int8), jnp.asarray(normal(4, 16)))
     x = jnp.asarray(normal(2, weight.shape[0]))
     with pytest.raises(NotImplementedError, match=r"takes 8 inputs at a step, got .*; use 'dot'"):
+        linear(x, weight, implementation="chain")
+    expected, bound = exact(x, weight)
+    assert_within(jax.jit(partial(linear, implementation="dot"))(x, weight), expected, bound)
+
+
+@pytest.mark.parametrize(("inputs", "blocks"), [(32, 4), (24, 1)])
+def test_a_block_stored_by_outputs_that_is_no_multiple_of_sixteen_is_too(
+    inputs: int, blocks: int
+) -> None:
+    scales = jnp.asarray(normal(8, blocks))
+    weight = OutputMajorMatrix(jnp.ones((8, inputs), jnp.int8), scales)
+    x = jnp.asarray(normal(2, inputs))
+    with pytest.raises(NotImplementedError, match=r"takes 16 inputs .* at a step, .*; use 'dot'"):
         linear(x, weight, implementation="chain")
     expected, bound = exact(x, weight)
     assert_within(jax.jit(partial(linear, implementation="dot"))(x, weight), expected, bound)

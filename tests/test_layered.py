@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from refimpl_kernels.matrix import QuantizedMatrix
+from refimpl_kernels.matrix import OutputMajorMatrix
 from refimpl_weights.synthetic import TINY
 from refimpl_weights.synthetic_gguf import write_gguf
 
@@ -116,7 +116,7 @@ def test_other_weights_of_a_layer_are_a_program_of_their_own(
     before = compiled(gemma, monkeypatch)
     parameters: Any = jax.tree.map(lambda leaf: leaf, gemma.parameters)
     matrix = parameters["layers"][local[-1]]["feed_forward"]["down"]["weight"]
-    assert isinstance(matrix, QuantizedMatrix)
+    assert isinstance(matrix, OutputMajorMatrix)
     assert matrix.minimums is None
     changed = replace(matrix, minimums=jnp.zeros_like(matrix.scales))
     parameters["layers"][local[-1]]["feed_forward"]["down"]["weight"] = changed

@@ -1,4 +1,4 @@
-"""A product with a weight matrix in which no row's bits depend on the rows beside it.
+"""A product with a matrix stored [i, o], in which no row's bits depend on the rows beside it.
 
 The inputs are taken 16 at a time (8, where they or a quantized matrix's blocks are no multiple of
 16), from the first to the last. Each such unit is one chain of fused multiply-adds in float32,
@@ -36,7 +36,7 @@ from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Shaped
 
 from refimpl_kernels.compiling import LANES, traced_once
-from refimpl_kernels.matrix import Matrix, QuantizedMatrix
+from refimpl_kernels.matrix import QuantizedMatrix
 
 # Inputs per loop step, the first that divides the inputs and a quantized matrix's block.
 STEPS = (16, 8)
@@ -46,7 +46,7 @@ MANY_SUMS = 1 << 17
 
 
 @traced_once()
-def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
+def chain(rows: Float[Array, "r i"], matrix: Array | QuantizedMatrix) -> Float32[Array, "r o"]:
     """rows @ matrix, each element as one multiply-add chain.
 
     Raises:
@@ -91,7 +91,7 @@ def chain(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
 def _extended(
     total: Float32[Array, "p o"],
     x: Float32[Array, "p e"],
-    matrix: Matrix,
+    matrix: Array | QuantizedMatrix,
     *,
     begin: Int[Array, ""],
     outputs: int,

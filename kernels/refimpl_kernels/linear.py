@@ -1,7 +1,8 @@
 """Products with a weight matrix, dense or quantized.
 
     dot    the library's matrix product. Fast for many rows; its bits depend on how many.
-    chain  one multiply-add chain over the inputs for each output element; see `chain.py`.
+    chain  chains of multiply-adds over the inputs for each output element, in an order that depends
+           on nothing but the matrix; see `chain.py` for one stored [i, o], `lanes.py` for [o, i].
 
 Both accumulate in float32 whatever the types, and round once to the type of x.
 """
@@ -16,7 +17,15 @@ from jaxtyping import Float, Float32
 
 from refimpl_kernels.chain import chain
 from refimpl_kernels.compiling import traced_once
-from refimpl_kernels.matrix import Matrix, QuantizedMatrix, dequantize, slice_columns
+from refimpl_kernels.lanes import lanes
+from refimpl_kernels.matrix import (
+    Matrix,
+    OutputMajorMatrix,
+    QuantizedMatrix,
+    dequantize,
+    dequantize_outputs,
+    slice_columns,
+)
 
 LinearImplementation = Literal["dot", "chain"]
 
@@ -31,7 +40,8 @@ def linear(
     """x @ matrix with float32 sums, rounded once to the type of x.
 
     Raises:
-        NotImplementedError: "chain" on a quantized matrix whose block is not a multiple of 8.
+        NotImplementedError: "chain" on a quantized matrix whose block is not a multiple of 8, or of
+            16 where it is stored by outputs.
         ValueError: the inputs of x and matrix differ, or the implementation is unknown.
     """
     if x.shape[-1] != matrix.shape[0]:
@@ -40,7 +50,8 @@ def linear(
     if implementation == "dot":
         product = _dot(rows, matrix)
     elif implementation == "chain":
-        product = chain(rows, matrix)
+        is_by_output = isinstance(matrix, OutputMajorMatrix)
+        product = lanes(rows, matrix) if is_by_output else chain(rows, matrix)
     else:
         raise ValueError(f"implementation must be 'dot' or 'chain', got {implementation!r}")
     return product.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[1])
@@ -48,8 +59,8 @@ def linear(
 
 @traced_once()
 def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
-    if not isinstance(matrix, QuantizedMatrix) and matrix.dtype == rows.dtype:
-        return _product(rows, matrix)
+    if isinstance(matrix, Array) and matrix.dtype == rows.dtype:
+        return _product("ri,io->ro", rows, matrix)
     # The matrix waits for the rows: without them nothing keeps the compiler from widening the
     # matrices of all layers at the beginning, and then they are all in memory at once.
     wide, matrix = jax.lax.optimization_barrier((rows.astype(jnp.float32), matrix))
@@ -58,23 +69,29 @@ def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
     parts, start = list[Array](), 0
     while start < outputs:
         length = min(DOT_TILE, outputs - start)
-        parts.append(_product(wide, _wide_columns(matrix, start, length)))
+        parts.append(_wide_product(wide, slice_columns(matrix, start, length)))
         wide, matrix, _ = jax.lax.optimization_barrier((wide, matrix, parts[-1]))
         start += length
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _wide_columns(matrix: Matrix, start: int, length: int) -> Float32[Array, "i o"]:
-    """Some columns in float32, which holds the numbers of every type that a matrix is stored in."""
-    part = slice_columns(matrix, start, length)
-    return dequantize(part) if isinstance(part, QuantizedMatrix) else part.astype(jnp.float32)
+def _wide_product(rows: Float32[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
+    """With the matrix in float32, which holds the numbers of every type that one is stored in."""
+    if isinstance(matrix, OutputMajorMatrix):
+        # The matrix on the left: transposed on the right, XLA's CPU backend takes twice as long.
+        columns = jax.lax.optimization_barrier(rows.T)
+        product = _product("oi,ir->or", dequantize_outputs(matrix), columns)
+        return jax.lax.optimization_barrier(product).T
+    is_quantized = isinstance(matrix, QuantizedMatrix)
+    wide = dequantize(matrix) if is_quantized else matrix.astype(jnp.float32)
+    return _product("ri,io->ro", rows, wide)
 
 
-def _product(rows: Float[Array, "r i"], weight: Float[Array, "i o"]) -> Float32[Array, "r o"]:
+def _product(sums: str, left: Float[Array, "a b"], right: Float[Array, "b c"]) -> Array:
     return jnp.einsum(
-        "ri,io->ro",
-        rows,
-        weight,
+        sums,
+        left,
+        right,
         precision=Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )

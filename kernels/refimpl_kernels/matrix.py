@@ -1,8 +1,13 @@
 """A weight matrix, dense or quantized, and reading its columns.
 
-A matrix is stored [i, o], so that one input's weights for all outputs lie side by side: a chain of
-products over the inputs reads memory in order, and a tied embedding is both a head (as it is) and
-a table (by column).
+Its shape is (i, o) however it is stored. There are two ways:
+
+    [i, o]  one input's weights for all outputs lie side by side: a plain array, or a
+            `QuantizedMatrix`. A tied embedding is both a head (as it is) and a table (by column).
+    [o, i]  one output's weights lie side by side, as files have them: an `OutputMajorMatrix`, which
+            is quantized.
+
+`chain.py` and `lanes.py` say what each of them is good for.
 """
 
 from dataclasses import dataclass
@@ -40,7 +45,33 @@ class QuantizedMatrix:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-Matrix = Array | QuantizedMatrix
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OutputMajorMatrix:
+    """weight[i, o] = scales[o, i // block] * values[o, i] - minimums[o, i // block].
+
+    Losslessly a GGUF matrix, as it lies in the file.
+    """
+
+    values: Int8[Array, "o i"]
+    scales: Float32[Array, "o j"]
+    minimums: Float32[Array, "o j"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape[::-1]
+
+    @property
+    def block(self) -> int:
+        """Number of neighbouring inputs that share a scale."""
+        return self.values.shape[1] // self.scales.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+Matrix = Array | QuantizedMatrix | OutputMajorMatrix
 
 # Bytes of a cache line and of a page.
 _LINE, _PAGE = 64, 4096
@@ -63,12 +94,14 @@ def padded_outputs(outputs: int) -> int:
     return padded
 
 
-def dequantize(matrix: QuantizedMatrix) -> Float32[Array, "i o"]:
+def dequantize(matrix: QuantizedMatrix | OutputMajorMatrix) -> Float32[Array, "i o"]:
     """The weights as float32, equal bit for bit to ggml's dequantisation.
 
     Under any compiler: integers and scales of every ggml type have at most 24 significant bits
     together, so a product is exact, and fusing it with the difference rounds no differently.
     """
+    if isinstance(matrix, OutputMajorMatrix):
+        return dequantize_outputs(matrix).T
     i, o = matrix.shape
     blocks = matrix.values[:, :o].reshape(-1, matrix.block, o).astype(jnp.float32)
     blocks = blocks * matrix.scales[:, None]
@@ -77,20 +110,32 @@ def dequantize(matrix: QuantizedMatrix) -> Float32[Array, "i o"]:
     return blocks.reshape(i, o)
 
 
+def dequantize_outputs(matrix: OutputMajorMatrix) -> Float32[Array, "o i"]:
+    """The weights as float32, as they lie; see `dequantize`."""
+    o, i = matrix.values.shape
+    blocks = matrix.values.reshape(o, -1, matrix.block).astype(jnp.float32)
+    blocks = blocks * matrix.scales[:, :, None]
+    if matrix.minimums is not None:
+        blocks = blocks - matrix.minimums[:, :, None]
+    return blocks.reshape(o, i)
+
+
 def slice_columns(matrix: Matrix, start: int | Int[Array, ""], length: int) -> Matrix:
     """The matrix of `length` outputs from `start` on."""
+    axis = 0 if isinstance(matrix, OutputMajorMatrix) else 1
 
-    def columns(leaf: Array) -> Array:
+    def outputs(leaf: Array) -> Array:
         if isinstance(start, int):
-            return leaf[:, start : start + length]
-        return jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=1)
+            return jax.lax.slice_in_dim(leaf, start, start + length, axis=axis)
+        return jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=axis)
 
-    return jax.tree.map(columns, matrix)
+    return jax.tree.map(outputs, matrix)
 
 
 def take_columns(matrix: Matrix, indices: Int[Array, "*b"]) -> Float[Array, "*b i"]:
     """Columns by index, dequantized: embedding rows, when the matrix is the tied head."""
-    if not isinstance(matrix, QuantizedMatrix):
+    if isinstance(matrix, Array):
         return jnp.moveaxis(jnp.take(matrix, indices, axis=1), 0, -1)
-    flat = jax.tree.map(lambda leaf: jnp.take(leaf, indices.reshape(-1), axis=1), matrix)
+    axis = 0 if isinstance(matrix, OutputMajorMatrix) else 1
+    flat = jax.tree.map(lambda leaf: jnp.take(leaf, indices.reshape(-1), axis=axis), matrix)
     return dequantize(flat).T.reshape(*indices.shape, matrix.shape[0])

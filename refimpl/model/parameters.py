@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
-from refimpl_kernels.matrix import QuantizedMatrix
+from refimpl_kernels.matrix import Matrix
 from refimpl_weights.errors import WeightsError
 from refimpl_weights.quantized import QuantizedArray
 
@@ -120,14 +119,14 @@ def _read_all(
     progress: Progress,
     *,
     keep: bool,
-) -> tuple[dict[names.Path, Array | QuantizedMatrix], list[str]]:
+) -> tuple[dict[names.Path, Matrix], list[str]]:
     """Every parameter, and what is wrong with the tensors' content.
 
     From the first fault on, or from the start unless `keep`, tensors are only looked through.
     """
     total = sum(int(np.prod(shape)) for shape in wanted.values())
     done, faults = 0, []
-    arrays: dict[names.Path, Array | QuantizedMatrix] = {}
+    arrays: dict[names.Path, Matrix] = {}
     for path, tensors in plan.items():
         read: list[np.ndarray | QuantizedArray] = []
         for name in tensors:
@@ -138,7 +137,7 @@ def _read_all(
             else:
                 faults += _content_faults(name, read[-1])
         if keep and not faults:
-            arrays[path] = to_device(read)
+            arrays[path] = to_device(read, is_table=path[-2] in ("table", "head"))
         done += int(np.prod(wanted[path]))
         progress(done, total)
     return arrays, faults

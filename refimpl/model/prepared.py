@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from refimpl_kernels.matrix import QuantizedMatrix
+from refimpl_kernels.matrix import Matrix, OutputMajorMatrix, QuantizedMatrix
 from refimpl_weights.errors import WeightsError
 from refimpl_weights.safetensors import SafetensorsCheckpoint, read_header
 from refimpl_weights.safetensors_writer import write_safetensors
@@ -36,8 +36,9 @@ MOST_BYTES = 1 << 30
 # Where a file is written before it has its name, and from when on nobody is writing there.
 _PARTIAL = ".refimpl-weights-"
 _STALE_SECONDS = 3600
-# Between the parts of a parameter's path, and before the part of a quantized matrix.
-_SLASH, _PART = "/", "#"
+# Between the parts of a parameter's path; before the name of a matrix's class, and of its part.
+_SLASH, _CLASS, _PART = "/", "#", "."
+_CLASSES = {kind.__name__: kind for kind in (QuantizedMatrix, OutputMajorMatrix)}
 # Beside the identity.
 _CHECKSUM = "sha256"
 
@@ -151,30 +152,31 @@ def _flattened(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, n
         place = f"{path}{key}"
         if isinstance(value, Mapping):
             yield from _flattened(value, place + _SLASH)
-        elif isinstance(value, QuantizedMatrix):
+        elif isinstance(value, tuple(_CLASSES.values())):
             for name, part in vars(value).items():
                 if part is not None:
-                    yield f"{place}{_PART}{name}", np.asarray(part)
+                    yield f"{place}{_CLASS}{type(value).__name__}{_PART}{name}", np.asarray(part)
         else:
             yield place, np.asarray(value)
 
 
 def _unflattened(flat: Mapping[str, np.ndarray]) -> Tree:
     tree: Tree = {}
-    matrices: dict[str, dict[str, Array]] = {}
+    matrices: dict[tuple[str, str], dict[str, Array]] = {}
     for name, array in flat.items():
-        path, _, part = name.partition(_PART)
+        path, _, kind = name.partition(_CLASS)
+        kind, _, part = kind.partition(_PART)
         on_device = jax.device_put(array, may_alias=True)
-        if part:
-            matrices.setdefault(path, {})[part] = on_device
+        if kind:
+            matrices.setdefault((path, kind), {})[part] = on_device
         else:
             _put(tree, path, on_device)
-    for path, parts in matrices.items():
-        _put(tree, path, QuantizedMatrix(**parts))
+    for (path, kind), parts in matrices.items():
+        _put(tree, path, _CLASSES[kind](**parts))
     return tree
 
 
-def _put(tree: Tree, path: str, value: Array | QuantizedMatrix) -> None:
+def _put(tree: Tree, path: str, value: Matrix) -> None:
     *folders, name = (int(part) if part.isdecimal() else part for part in path.split(_SLASH))
     for folder in folders:
         tree = tree.setdefault(folder, {})
