@@ -25,9 +25,10 @@ longer than they compute: to wake one takes about 50 microseconds.
 
 Measured (270M, Xeon with AVX-512, 2 threads, vectors of 512 bits): the head of 262,144 outputs
 takes 10 ms for one row and 36 for eight; all matrices of the 18 layers, on one thread, 15 ms and
-45, so that quantized ones are not stored in this way (see `lanes.py`). What was tried and left out: products in 8-bit integers of three digits for each input, whose
-sums need no order (as fast for eight rows, slower for one); weights in tiles, so that memory is
-read in one stream (slower); units of 32 (no faster).
+45, so that quantized ones are not stored in this way (see `lanes.py`). What was tried and left out:
+products in 8-bit integers of three digits for each input, whose sums need no order (as fast for
+eight rows, slower for one); weights in tiles, so that memory is read in one stream (slower); units
+of 32 (no faster).
 """
 
 import jax
