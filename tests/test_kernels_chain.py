@@ -15,6 +15,7 @@ import pytest
 from jax import Array
 from refimpl_kernels import linear as linear_module
 from refimpl_kernels.gelu import gelu
+from refimpl_kernels.lanes import sum_by_halves
 from refimpl_kernels.linear import LinearImplementation, linear
 from refimpl_kernels.matrix import (
     Matrix,
@@ -37,6 +38,8 @@ SHAPES = {
     # One step, which is no loop any more.
     (4, 16): ("float32",),
     (64, 17): ("q32-", "o16"),
+    # A lane of one step.
+    (16, 24): ("o16-",),
     (96, 100): STORED_AS,
     # Fused projections and the way back of Gemma 3 270M.
     (640, 4096): ("float32", "q32-", "o32"),
@@ -74,6 +77,14 @@ def test_a_row_has_the_same_bits_alone_and_among_others(shape: tuple[int, int]) 
             found = chain(x[some], weights)
             for name in weights:
                 assert_same_bits(found[name], alone[name][some])
+
+
+def test_where_lanes_are_no_reduction_they_are_summed_by_halves() -> None:
+    lanes = total = normal(3, 24, 16)
+    while total.shape[-1] > 1:
+        half = total.shape[-1] // 2
+        total = total[..., :half] + total[..., half:]
+    assert_same_bits(jax.jit(sum_by_halves)(lanes), total[..., 0])
 
 
 def test_a_row_keeps_its_bits_through_a_narrow_gate() -> None:

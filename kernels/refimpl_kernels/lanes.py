@@ -9,8 +9,9 @@ and the output is the sum of the lanes. Where there are many inputs, they are cu
 up to LANES * MOST_TERMS, each of which has lanes of its own, and the sums of the segments are added
 from the first to the last. No addition is of two products, of which a compiler might round one or
 the other first, and dequantizing is exact (`matrix.dequantize`). The lanes of a segment are summed
-by a reduction, whose order is the compiler's: halves, quarters and so on of a vector, the same for
-any number of rows (tests/test_kernels_chain.py holds it to that), but not for any processor.
+by halves: lane l and lane l + 8, then l and l + 4, and so on. On a CPU they are left to a
+reduction, whose order is the compiler's: it depends on the matrix's shape, but not on the number of
+rows (tests/test_kernels_chain.py holds it to that).
 
 This is for the matrices of layers, `chain.py` for a head. The products are written out one by one,
 without a loop, so XLA's CPU backend makes one vectorised kernel of them and runs it on all threads;
@@ -24,11 +25,14 @@ with `chain`): 0.48 ms for one row, where the chain takes 0.95; for two 0.65 and
 tried and left out: the chain in integers with a scale every two terms (5 % faster, but sums of two
 products); segments of 40 terms (a quarter slower for eight rows, whose weights then leave the
 registers); four streams of weights at once (six times slower, no longer vectors); two rows in a
-complex number, as in `chain` (five times slower). On one H200 these products take 10 to 14
-microseconds for one row, and 300 to 900 in the chain; but there XLA sums the lanes in an order that
-does depend on the number of rows.
+complex number, as in `chain` (five times slower).
+
+On a GPU XLA's order of a reduction depends on the number of rows, so there the halves are written
+out: on one H200 a row's bits were the same among 1, 2, 8 and 16. A product took 18 to 25
+microseconds for one row, where the chain takes 300 to 900.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32
@@ -82,11 +86,26 @@ def lanes(rows: Float[Array, "r i"], matrix: OutputMajorMatrix) -> Float32[Array
             weights = weights - minimums[..., term // block, :]
         total = total + x[..., term, :] * weights
     # Whoever reads the result must not compute it anew for each of its own elements.
-    of_segments = lax.optimization_barrier(lax.reduce(total, jnp.float32(0), lax.add, (3,)))
+    of_segments = lax.optimization_barrier(_sum_of_lanes(total))
     summed = of_segments[:, 0]
     for segment in range(1, of_segments.shape[1]):
         summed = summed + of_segments[:, segment]
     return lax.optimization_barrier(summed.T)
+
+
+def _sum_of_lanes(lanes: Float32[Array, "o s r l"]) -> Float32[Array, "o s r"]:
+    if jax.default_backend() == "cpu":
+        # Written out, they would go to memory before they are summed.
+        return lax.reduce(lanes, jnp.float32(0), lax.add, (3,))
+    return sum_by_halves(lax.optimization_barrier(lanes))
+
+
+def sum_by_halves(x: Float32[Array, "*b l"]) -> Float32[Array, "*b"]:
+    """Sum over the last axis, a power of two: of x[l] and x[l + half], until one is left."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
 
 
 def _terms(steps: int, block: int) -> int:
