@@ -62,6 +62,8 @@ class Storage:
     def arrays(self, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What a weight "i o" lies in: one array, or integers, scales and minimums.
 
+        Shapes have the inputs first, though a quantized matrix of a layer lies the other way round.
+
         Args:
             shape: of a matrix, inputs first, or of a vector.
         """
