@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from refimpl_kernels.matrix import OutputMajorMatrix, QuantizedMatrix, dequantize
+from refimpl_kernels.matrix import Quantized, dequantize
 from refimpl_weights import synthetic
 from refimpl_weights.gguf import GGUFFile
 from refimpl_weights.synthetic import TINY
@@ -36,8 +36,7 @@ def parameters(model: Transformer) -> dict[str, Any]:
 
 def as_float32(leaf: Any) -> np.ndarray:
     """A parameter's numbers, whatever it is stored as."""
-    is_quantized = isinstance(leaf, QuantizedMatrix | OutputMajorMatrix)
-    return np.asarray(dequantize(leaf) if is_quantized else leaf, np.float32)
+    return np.asarray(dequantize(leaf) if isinstance(leaf, Quantized) else leaf, np.float32)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from refimpl_kernels import spec
 from refimpl_kernels.experts import Route, mix_experts
 from refimpl_kernels.gelu import gelu
 from refimpl_kernels.linear import LinearImplementation
-from refimpl_kernels.matrix import Matrix, OutputMajorMatrix, QuantizedMatrix, slice_columns
+from refimpl_kernels.matrix import Matrix, OutputMajorMatrix, Quantized, slice_columns
 
 from tests.kernel_cases import (
     UNIT,
@@ -227,7 +227,7 @@ def without(stored: Matrix, num_experts: int, used: np.ndarray) -> Matrix:
     def fill(leaf: Array) -> Array:
         return jnp.where(is_used, leaf, jnp.asarray(jnp.nan, leaf.dtype))
 
-    if isinstance(stored, QuantizedMatrix | OutputMajorMatrix):
+    if isinstance(stored, Quantized):
         return replace(stored, scales=fill(stored.scales))
     return fill(stored)
 

@@ -53,10 +53,10 @@ def row_stable_options(platform: str) -> dict[str, str]:
     request otherwise among 16 than alone (tests/test_invariance_architectures.py, the long form).
     It puts a loop's only step among its neighbours, where it may round otherwise.
 
-    So does the one that moves out of a loop what does not change in it. It moves every operation
-    by itself, each with an array for its result: some ninety arrays over the vocabulary out of the
-    sampler's search in a whole row, 96 MB that each step of decode asked the system for, where
-    without the pass it is 6 (270M, one stream: 0.4 page faults a step, where there were 890).
+    The pass that moves out of a loop what does not change in it stays off, too. It moves every
+    operation by itself, each with an array for its result: some ninety arrays over the vocabulary
+    out of the sampler's search in a whole row. A step of decode asked the system for 96 MB, where
+    without the pass it asks for 6 (270M, one stream: 0.4 page faults a step, where there were 890).
 
     The options also let a CPU use the widest vectors it has. XLA keeps to 256 bits where a
     processor has 512, for fear of lower clock rates; a decode step of eight rows took a fifth less

@@ -71,7 +71,8 @@ class OutputMajorMatrix:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-Matrix = Array | QuantizedMatrix | OutputMajorMatrix
+Quantized = QuantizedMatrix | OutputMajorMatrix
+Matrix = Array | Quantized
 
 # Bytes of a cache line and of a page.
 _LINE, _PAGE = 64, 4096
@@ -94,7 +95,7 @@ def padded_outputs(outputs: int) -> int:
     return padded
 
 
-def dequantize(matrix: QuantizedMatrix | OutputMajorMatrix) -> Float32[Array, "i o"]:
+def dequantize(matrix: Quantized) -> Float32[Array, "i o"]:
     """The weights as float32, equal bit for bit to ggml's dequantisation.
 
     Under any compiler: integers and scales of every ggml type have at most 24 significant bits

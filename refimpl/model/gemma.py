@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from refimpl_kernels.matrix import OutputMajorMatrix, QuantizedMatrix
+from refimpl_kernels.matrix import Quantized
 from refimpl_weights.gguf import GGUFFile
 
 from refimpl.errors import CheckpointError
@@ -78,7 +78,7 @@ class Gemma:
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
             dict(self.parameters),
-            is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix | OutputMajorMatrix),
+            is_leaf=lambda leaf: isinstance(leaf, Quantized),
         )
         layers = {**shapes["layers"], **parameters.get("layers", {})}
         return nnx.merge(self.graph, {**shapes, **parameters, "layers": layers})

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from refimpl_kernels.matrix import Matrix, OutputMajorMatrix, QuantizedMatrix
+from refimpl_kernels.matrix import Matrix, OutputMajorMatrix, Quantized, QuantizedMatrix
 from refimpl_weights.errors import WeightsError
 from refimpl_weights.safetensors import SafetensorsCheckpoint, read_header
 from refimpl_weights.safetensors_writer import write_safetensors
@@ -152,7 +152,7 @@ def _flattened(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, n
         place = f"{path}{key}"
         if isinstance(value, Mapping):
             yield from _flattened(value, place + _SLASH)
-        elif isinstance(value, tuple(_CLASSES.values())):
+        elif isinstance(value, Quantized):
             for name, part in vars(value).items():
                 if part is not None:
                     yield f"{place}{_CLASS}{type(value).__name__}{_PART}{name}", np.asarray(part)
