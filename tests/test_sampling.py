@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 from refimpl_kernels.noise import NOISE_BITS, gumbel_of_words, noise_words
 from refimpl_kernels.penalties import process
+from refimpl_kernels.sampling import draw
 from refimpl_kernels.truncation import (
     Rules,
     distance_of,
@@ -296,3 +299,18 @@ def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
     assert draw_one([1.0, 1.0, 1.0, 1.0], top_p=0.6) == {0, 1, 2}
     assert draw_one([1.0, 1.0, 1.0, 1.0], top_p=0.6, top_k=2) == {0, 1}
     assert draw_one([1.0, 1.0, 1.0, 1.0], top_p=0.5, top_k=2) == {0}
+
+
+def test_a_search_of_the_whole_row_holds_few_arrays_of_its_width() -> None:
+    """Each of them is asked of the system at every step, whether or not there is a search."""
+    width, size = 1 << 14, 4
+    leaves, tree = jax.tree.flatten(rows_of([Parameters()]))
+
+    def drawn(x: Array, position: Array, *leaves: Array) -> Array:
+        return draw(x, jax.tree.unflatten(tree, leaves), position, vocab_size=width)
+
+    program: Any = compiled(drawn)
+    lowered = program.lower(jnp.zeros((1, width)), jnp.zeros(1, jnp.int32), *leaves)
+    analysis = lowered.compile().memory_analysis()
+    # Eighty or more, where XLA moves what does not change out of the loop of the search.
+    assert analysis.temp_size_in_bytes < 20 * width * size
