@@ -1,9 +1,16 @@
-"""Memory that compiling has used and freed, given back to the system."""
+"""Memory that the device's programs do not need at the moment, given back to the system.
+
+Only on Linux with glibc, and only on a CPU; elsewhere nothing is done.
+"""
 
 import ctypes
 import ctypes.util
+import mmap
 import sys
 from functools import cache
+from typing import cast
+
+import jax
 
 
 def release_freed() -> None:
@@ -15,6 +22,29 @@ def release_freed() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def release_zeros(array: jax.Array) -> None:
+    """Give the memory of an array of zeros back: what is read of it then still is zero.
+
+    The system gives a page of zeros again to whoever writes there, so a cache of long contexts
+    takes memory only as far as it is used.
+
+    Args:
+        array: all zeros, of any shape, and read or written by nobody meanwhile.
+    """
+    library = _glibc()
+    if library is None or next(iter(array.devices())).platform != "cpu":
+        return
+    begin = array.unsafe_buffer_pointer()
+    end = begin + array.nbytes
+    # Whole pages: the neighbours' bytes are not ours.
+    begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        # Refused where memory is locked; then it stays as it is.
+        library.madvise(
+            ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), cast(int, mmap.MADV_DONTNEED)
+        )
 
 
 @cache
