@@ -33,9 +33,18 @@ def inputs(random: np.random.Generator, b: int) -> dict[str, Any]:
 def processed(
     parameters: list[Parameters], given: dict[str, Any], *, is_biased: bool
 ) -> np.ndarray:
-    logits, *_ = given.values()
-    rest = {key: value for key, value in given.items() if key != "logits"}
-    return np.asarray(PROCESS(logits, rows_of(parameters, is_biased=is_biased), **rest))
+    rows = rows_of(parameters, is_biased=is_biased)
+    return np.asarray(PROCESS(given["logits"], rows, **in_slots(given)))
+
+
+def in_slots(given: dict[str, Any]) -> dict[str, Any]:
+    """What belongs to the rows, in slots from the last to the first, and one that nobody has."""
+    held = {
+        key: np.concatenate([given[key][::-1], np.ones_like(given[key][:1])])
+        for key in ("counts", "in_prompt", "bias")
+    }
+    slot = np.arange(len(given["logits"]), dtype=np.int32)[::-1]
+    return {"slot": slot, "banned": given["banned"], **held}
 
 
 PENALTIES = {
@@ -98,7 +107,7 @@ def test_a_row_that_asks_for_nothing_comes_out_as_it_went_in() -> None:
 def test_bits_do_not_depend_on_what_the_program_does_next() -> None:
     """No contraction: a sum that follows in the same program does not change a bit."""
     given = inputs(np.random.default_rng(6), 7)
-    logits, rest = given["logits"], {k: v for k, v in given.items() if k != "logits"}
+    logits, rest = given["logits"], in_slots(given)
     rows = rows_of([Parameters(**PENALTIES["all"])] * 7, is_biased=True)
     alone = np.asarray(PROCESS(logits, rows, **rest))
 

@@ -64,6 +64,7 @@ def test_draw_vectors(half: int) -> None:
     processed = compiled(process)(
         np.stack([floats(v["logits_bits"]) for v in vectors]),
         rows,
+        slot=np.arange(8),
         counts=np.array([v["counts"] for v in vectors], np.int32),
         in_prompt=np.array([v["in_prompt"] for v in vectors]),
         bias=np.stack([floats(v["bias_bits"]) for v in vectors]),

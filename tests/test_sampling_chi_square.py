@@ -111,6 +111,7 @@ def _drawn(rows: SamplingRows, position: Array, bias: Array, stop_ids: Array) ->
     processed = process(
         repeated(LOGITS),
         rows,
+        slot=jnp.arange(BATCH),
         counts=repeated(COUNTS),
         in_prompt=repeated(IN_PROMPT),
         bias=repeated(bias),

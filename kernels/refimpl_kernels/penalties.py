@@ -26,14 +26,17 @@ def process(
     logits: Float32[Array, "b v"],
     rows: SamplingRows,
     *,
-    counts: Int32[Array, "b v"],
-    in_prompt: Bool[Array, "b v"],
-    bias: Float32[Array, "b v"],
+    slot: Int32[Array, " b"],
+    counts: Int32[Array, "s v"],
+    in_prompt: Bool[Array, "s v"],
+    bias: Float32[Array, "s v"],
     banned: Int32[Array, "b e"],
 ) -> Float32[Array, "b v"]:
     """Logits as the draw takes them; a row that asks for nothing comes out as it went in.
 
     Args:
+        slot: which row of the next three belongs to a row of logits. They are read for the rules
+            that are asked for alone: each is as large as the logits.
         counts: how often each id was sampled before this position.
         in_prompt: whether an id occurs in the prompt.
         bias: added to the logits; -inf for ids that are banned or not allowed.
@@ -43,18 +46,19 @@ def process(
     is_repetitive = rows.repetition != 1
 
     def biased(x: Array) -> Array:
-        return jnp.where(rows.is_biased[:, None], x + bias, x)
+        return jnp.where(rows.is_biased[:, None], x + bias[slot], x)
 
     def repeated(x: Array) -> Array:
-        seen = is_repetitive[:, None] & (in_prompt | (counts > 0))
+        seen = is_repetitive[:, None] & (in_prompt[slot] | (counts[slot] > 0))
         divisor = jnp.where(x > 0, rows.repetition[:, None], 1 / rows.repetition[:, None])
         return jnp.where(seen, x / jnp.where(seen, divisor, 1), x)
 
     def penalised(x: Array) -> Array:
-        sampled = is_penalised[:, None] & (counts > 0)
+        times = counts[slot]
+        sampled = is_penalised[:, None] & (times > 0)
         # Off is 1 / 0 = inf, and count / inf = 0.
         divisor = jnp.where(sampled, 1 / rows.frequency[:, None], 1)
-        less = x - counts.astype(jnp.float32) / divisor
+        less = x - times.astype(jnp.float32) / divisor
         return jnp.where(sampled, less - rows.presence[:, None], x)
 
     x = lax.cond(jnp.any(rows.is_biased), biased, _unchanged, logits)

@@ -68,6 +68,7 @@ from refimpl_kernels.rows import best_columns, cut_off, first_where, max_of_rows
 from refimpl_kernels.truncation import (
     distance_of,
     head_of,
+    ids_of,
     is_cutting,
     is_within,
     limits_of,
@@ -130,11 +131,15 @@ def draw(
         position: of the token to be chosen, from 0 at the first token of the prompt.
         vocab_size: ids from here on are never chosen.
     """
-    greedy = _first_best(cut_off(processed, vocab_size))
+    x = cut_off(processed, vocab_size)
+    x = jnp.where(jnp.abs(x) < _SMALLEST, jnp.float32(0), x)
+    # The barrier has the row written once instead of computed for each of its readers.
+    x = lax.optimization_barrier(x)
+    greedy = _first_best(x)
     is_random = rows.temperature >= _COOLEST
     drawn = lax.cond(
         jnp.any(is_random),
-        lambda: _drawn(cut_off(processed, vocab_size), rows, position, is_random),
+        lambda: _drawn(x, rows, position, is_random),
         lambda: greedy,
     )
     return jnp.where(is_random, drawn, greedy)
@@ -146,8 +151,6 @@ def _drawn(
     position: Int32[Array, " b"],
     is_random: Bool[Array, " b"],
 ) -> Int32[Array, " b"]:
-    # The barrier has the row written once instead of computed for each of its readers.
-    x = lax.optimization_barrier(jnp.where(jnp.abs(x) < _SMALLEST, jnp.float32(0), x))
     width = x.shape[1]
     rules = rules_of(
         best=max_of_rows(x),
@@ -182,8 +185,7 @@ def _drawn_from_rows(
     x: Float32[Array, "b v"], scores: Callable[..., Int32[Array, "b w"]]
 ) -> Int32[Array, " b"]:
     """The id with the highest score, whose noise is computed where a bound does not rule it out."""
-    ids = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-    bounds = lax.optimization_barrier(scores(x, ids, bound_of_words).astype(jnp.float32))
+    bounds = lax.optimization_barrier(scores(x, ids_of(x), bound_of_words).astype(jnp.float32))
     _, candidates, floor = best_columns(bounds, _COLUMNS)
     candidates = jnp.minimum(candidates, x.shape[1] - 1)
     score = scores(jnp.take_along_axis(x, candidates, axis=1), candidates, gumbel_of_words)
@@ -192,7 +194,7 @@ def _drawn_from_rows(
     return lax.cond(
         jnp.all(is_settled),
         lambda: _winner(score, candidates),
-        lambda: _winner(lax.optimization_barrier(scores(x, ids, gumbel_of_words)), ids),
+        lambda: _winner(lax.optimization_barrier(scores(x, ids_of(x), gumbel_of_words)), ids_of(x)),
     )
 
 

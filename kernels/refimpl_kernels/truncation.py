@@ -217,7 +217,7 @@ def _searched(x: Float32[Array, "b v"], rules: Rules) -> Limit:
 
     def step(limit: Limit, by_share: Bool[Array, ""]) -> tuple[Limit, None]:
         weights = jnp.where(by_share, weight_of(distance_of(x, rules)), jnp.uint32(1))
-        weights = jnp.where(is_within(limit, x, _ids_of(x)), weights, jnp.uint32(0))
+        weights = jnp.where(is_within(limit, x, ids_of(x)), weights, jnp.uint32(0))
         weights = lax.optimization_barrier(weights)
         share = _needed(rules.share, wide_sum(weights))
         count = unsigned(rules.top_k)
@@ -252,7 +252,7 @@ def _shortest_prefix(
     best = max_of_rows(x)
 
     def reached(value: Float32[Array, " b"], last_id: Int32[Array, " b"]) -> Bool[Array, " b"]:
-        inside = is_within(Limit(value, last_id), x, _ids_of(x))
+        inside = is_within(Limit(value, last_id), x, ids_of(x))
         return at_least(wide_sum(jnp.where(inside, amounts, jnp.uint32(0))), needed)
 
     every_id = jnp.full(best.shape, x.shape[1], jnp.int32)
@@ -312,7 +312,8 @@ def _needed(fraction: UInt32[Array, " b"], total: Wide) -> Wide:
     return Wide(mass.high, jnp.where((mass.high | mass.low) == 0, jnp.uint32(1), mass.low))
 
 
-def _ids_of(x: Float32[Array, "b v"]) -> Int32[Array, "1 v"]:
+def ids_of(x: Float32[Array, "b v"]) -> Int32[Array, "1 v"]:
+    """The ids of a row, to be asked for by each reader: shared by branches they take memory."""
     return lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
 
 

@@ -33,7 +33,8 @@ class EngineOptions:
     Attributes:
         slots: choices that run at the same time; what has no slot waits.
         context: most tokens of prompt and completion together; None for the smaller of the model's
-            context and 4096. Memory for the caches of all slots is taken at the start.
+            context and 4096. The caches of all slots are made at the start; on Linux, a CPU's
+            memory for them is taken as far as they are used.
         steps: most decode steps in one call of the device, while nobody waits. More steps cost
             less per token on an accelerator, and tokens come in bursts of so many.
         prefix_bytes: memory for blocks of prompts that may come again; 0 keeps none.
@@ -47,7 +48,7 @@ class EngineOptions:
     slots: int = 8
     context: int | None = None
     steps: int = 1
-    prefix_bytes: int = 128 << 20
+    prefix_bytes: int = 64 << 20
     max_unread: int = 64
     compile_at_start: bool = True
 

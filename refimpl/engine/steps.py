@@ -190,14 +190,14 @@ class Steps:
             | jnp.any(banned >= 0, axis=1)
         )
 
-        # Rows of the vocabulary are read from the state only if some request needs them.
         def changed() -> Array:
             return process(
                 logits,
                 sampling,
-                counts=state.counts[row],
-                in_prompt=state.in_prompt[row],
-                bias=state.bias[row],
+                slot=row,
+                counts=state.counts,
+                in_prompt=state.in_prompt,
+                bias=state.bias,
                 banned=banned,
             )
 

@@ -44,7 +44,7 @@ class ServerSettings(BaseModel):
         default=1, description="Most decode steps in one call of the device while nobody waits."
     )
     prefix_bytes: Number = Field(
-        default=128 << 20,
+        default=64 << 20,
         description="Memory for beginnings of prompts that may come again; 0 for none.",
     )
 
