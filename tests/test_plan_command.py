@@ -75,7 +75,7 @@ def test_the_table_says_the_same(run):
     cells = {label.strip(): cell.strip() for label, cell in cells.items()}
     assert cells["weights"] == "536 MB"
     assert cells["memory"] == "1.07 GB"
-    assert cells["prefix cache"] == "134 MB"
+    assert cells["prefix cache"] == "67.1 MB"
     assert cells["free"].split()[0] == f"{plan['bytes_of_each_device']['free'] / 1e6:.0f}"
     for slots, context in plan["largest_context_by_slots"].items():
         assert any(line.split()[:2] == [slots, f"{context:,}"] for line in lines)

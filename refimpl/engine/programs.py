@@ -131,7 +131,7 @@ class Programs:
             return DecodeState.create(cache, slots=self.slots, num_logits=v)
 
         # One program: by itself, every array of another shape would be one.
-        return jax.jit(create)()
+        return jax.jit(create)().not_resident()
 
     @cached_property
     def prefill(self) -> Callable[..., tuple[DecodeState, Array]]:
@@ -226,7 +226,7 @@ class Programs:
         for chunk in CHUNKS:
             yield f"score {chunk}", partial(scored, chunk)
         # Last, for it clears what the others did.
-        yield "reset", partial(run, self.reset, slot)
+        yield "reset", lambda: run(self.reset, slot).not_resident()
 
     @property
     def _steps(self) -> Steps:

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float32, Int32
 from refimpl_kernels.sampling import SamplingRows
 
+from refimpl.engine.memory import release_zeros
 from refimpl.engine.packing import MAX_STOP_IDS
 from refimpl.model.cache import KVCache
 
@@ -83,6 +84,13 @@ class DecodeState:
             in_prompt=jnp.zeros((slots, num_logits), bool),
             bias=jnp.zeros((slots, num_logits), jnp.float32),
         )
+
+    def not_resident(self) -> "DecodeState":
+        """The state, whose cache holds zeros alone, without the memory that will be for them."""
+        cache = jax.block_until_ready(self).cache
+        for held in (*cache.keys, *cache.values):
+            release_zeros(held)
+        return self
 
     def with_cache(self, cache: KVCache) -> "DecodeState":
         """The state with this cache, which is about all rows again."""

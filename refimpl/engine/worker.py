@@ -20,7 +20,7 @@ from jax import Array
 from refimpl_kernels.sampling import split_seed
 
 from refimpl.engine.events import Event, FinishReason
-from refimpl.engine.memory import release_freed, release_zeros
+from refimpl.engine.memory import release_freed
 from refimpl.engine.packing import (
     StepRow,
     pack_admission,
@@ -111,7 +111,7 @@ class Worker:
         """
         # A first request needs no more than these, and would wait for the others.
         self._programs.read_ahead(*(() if compile_all else ("prefill", "decode", "admit")))
-        state = _nothing_held(self._programs.new_state())
+        state = self._programs.new_state()
         calls = list(self._programs.warm_up(state)) if compile_all else []
         for number, (name, call) in enumerate(calls):
             yield name, number, len(calls)
@@ -119,8 +119,7 @@ class Worker:
             release_freed()
         if compile_all:
             self.end_reading()
-        # The last of the calls cleared the slot that the others used.
-        self._state = _nothing_held(state)
+        self._state = jax.block_until_ready(state)
 
     def end_reading(self) -> None:
         """Forget programs that were read ahead and that nobody has asked for."""
@@ -340,14 +339,6 @@ class Worker:
             self._keys.pop(key, None)
             # A request that ended while it was paused is so no more.
             self.scheduler.resume(key)
-
-
-def _nothing_held(state: DecodeState) -> DecodeState:
-    """The same state, of which no layer holds anything, without the memory that will be for it."""
-    cache = jax.block_until_ready(state).cache
-    for held in (*cache.keys, *cache.values):
-        release_zeros(held)
-    return state
 
 
 def _is_biased(session: Session) -> bool:
