@@ -1,11 +1,15 @@
 """What loading takes, 1.2 times the file and 600 MB; and memory that is given back."""
 
+import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import pytest
 from refimpl_weights import embedded
 
+from refimpl.engine import state
 from tests.engines import tiny_programs
 
 LOAD = """
@@ -42,6 +46,13 @@ before = resident()
 release_zeros(zeros)
 print(before - resident())
 assert not np.asarray(zeros).any() and np.asarray(beside).all()
+# Less than a page, and next to other arrays.
+small = [jax.block_until_ready(jax.numpy.full(n, n % 2)) for n in range(1, 3000, 7)]
+for number, array in enumerate(small):
+    if number % 2:
+        release_zeros(array)
+for number, array in enumerate(small):
+    assert (np.asarray(array) == len(array) % 2).all()
 written = jax.jit(lambda x: x.at[5].set(1), donate_argnums=0)(zeros)
 assert np.asarray(written).sum() == 1024 * 25 and np.asarray(written[5]).all()
 """
@@ -49,17 +60,33 @@ assert np.asarray(written).sum() == 1024 * 25 and np.asarray(written[5]).all()
 
 def test_zeros_take_no_memory_until_they_are_written() -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", RELEASE], capture_output=True, text=True, timeout=280, check=True
+        [sys.executable, "-c", RELEASE],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     # Of 105 MB.
     assert int(ended.stdout) > 100e6
 
 
-def test_an_engine_starts_with_a_cache_of_zeros() -> None:
-    """Or it must not give their memory back. They are what warming up leaves."""
-    programs = tiny_programs()
-    state = programs.new_state()
-    for _, call in programs.warm_up(state):
-        state = call()
-    for held in (*state.cache.keys, *state.cache.values):
-        assert not np.asarray(held).any()
+def test_what_an_engine_gives_back_is_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys and values, when they are new and again when warming up is over."""
+    released = list[int]()
+
+    def spy(array: jax.Array) -> None:
+        assert not np.asarray(array).any()
+        released.append(array.unsafe_buffer_pointer())
+
+    programs = tiny_programs()  # It starts a worker to compile them.
+    monkeypatch.setattr(state, "release_zeros", spy)
+    now = programs.new_state()
+    num_held = len(now.cache.keys) + len(now.cache.values)
+    assert len(set(released)) == len(released) == num_held
+    for _, call in programs.warm_up(now):
+        now = call()
+    last = released[num_held:]
+    assert set(last) == {
+        held.unsafe_buffer_pointer() for held in (*now.cache.keys, *now.cache.values)
+    }

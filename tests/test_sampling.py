@@ -105,6 +105,24 @@ def test_any_row_beside_any_others_is_drawn_as_the_oracle_draws_it_alone(
         assert tokens.tolist() == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+@pytest.mark.parametrize(
+    ("beginning", "token"),
+    [((1e-40, 2e-40), 0), ((-1e-40, 0, 1e-40), 0), ((-5, -1e-45, 3e-39), 1), ((0, 1.2e-38), 1)],
+)
+def test_greedy_takes_what_is_next_to_zero_for_zero(
+    beginning: tuple[float, ...], token: int, temperature: float
+) -> None:
+    """As the definition has it, on every device; 1.2e-38 is just large enough."""
+    logits = np.full((1, 60), -5, np.float32)
+    logits[0, : len(beginning)] = beginning
+    one = Parameters(temperature=temperature)
+    assert np.asarray(drawing(53)(logits, rows_of([one]), np.zeros(1, np.int32))).tolist() == [
+        token
+    ]
+    assert oracle.draw(logits[0], one, 0, vocab_size=53) == token
+
+
 def test_a_row_is_drawn_alike_alone_and_in_every_slot() -> None:
     random = np.random.default_rng(3)
     width = 20_000

@@ -1,7 +1,4 @@
-"""Memory that the device's programs do not need at the moment, given back to the system.
-
-Only on Linux with glibc, and only on a CPU; elsewhere nothing is done.
-"""
+"""Memory that is not needed at the moment, given back to the system where Linux and glibc run."""
 
 import ctypes
 import ctypes.util
@@ -27,11 +24,12 @@ def release_freed() -> None:
 def release_zeros(array: jax.Array) -> None:
     """Give the memory of an array of zeros back: what is read of it then still is zero.
 
-    The system gives a page of zeros again to whoever writes there, so a cache of long contexts
-    takes memory only as far as it is used.
+    The system gives a page of zeros again to whoever writes there. Of arrays that are not in a
+    CPU's memory nothing is given back.
 
     Args:
-        array: all zeros, of any shape, and read or written by nobody meanwhile.
+        array: all zeros, ready, on one device, and written by nobody meanwhile. Anything else in it
+            would be lost.
     """
     library = _glibc()
     if library is None or next(iter(array.devices())).platform != "cpu":
@@ -41,10 +39,9 @@ def release_zeros(array: jax.Array) -> None:
     # Whole pages: the neighbours' bytes are not ours.
     begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
-        # Refused where memory is locked; then it stays as it is.
-        library.madvise(
-            ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), cast(int, mmap.MADV_DONTNEED)
-        )
+        # It fails where memory is locked, for one; then all stays as it is, which is zeros, too.
+        advice = cast(int, mmap.MADV_DONTNEED)  # Unknown to type checkers on other systems.
+        library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
 @cache

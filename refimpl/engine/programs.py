@@ -131,7 +131,7 @@ class Programs:
             return DecodeState.create(cache, slots=self.slots, num_logits=v)
 
         # One program: by itself, every array of another shape would be one.
-        return jax.jit(create)().not_resident()
+        return jax.jit(create)().release_empty_cache()
 
     @cached_property
     def prefill(self) -> Callable[..., tuple[DecodeState, Array]]:
@@ -191,7 +191,8 @@ class Programs:
     def warm_up(self, state: DecodeState) -> Iterator[tuple[str, Callable[[], DecodeState]]]:
         """Each program by name, with a call that changes nothing of use and compiles it.
 
-        The calls must be made in turn; each gives the state for the next.
+        The calls must be made in turn; each gives the state for the next. The last leaves a cache
+        of zeros and gives their memory back, so none of its slots may be in use.
         """
         parameters, current = self.gemma.parameters, state
 
@@ -226,7 +227,7 @@ class Programs:
         for chunk in CHUNKS:
             yield f"score {chunk}", partial(scored, chunk)
         # Last, for it clears what the others did.
-        yield "reset", lambda: run(self.reset, slot).not_resident()
+        yield "reset", lambda: run(self.reset, slot).release_empty_cache()
 
     @property
     def _steps(self) -> Steps:

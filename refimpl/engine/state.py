@@ -85,8 +85,8 @@ class DecodeState:
             bias=jnp.zeros((slots, num_logits), jnp.float32),
         )
 
-    def not_resident(self) -> "DecodeState":
-        """The state, whose cache holds zeros alone, without the memory that will be for them."""
+    def release_empty_cache(self) -> "DecodeState":
+        """Give back the memory of a cache that holds zeros alone; gives the same state."""
         cache = jax.block_until_ready(self).cache
         for held in (*cache.keys, *cache.values):
             release_zeros(held)

@@ -39,7 +39,7 @@ Emit = Callable[[int, list[Event]], None]
 
 # On a CPU, blocks of prompts that come and go between other arrays leave holes in the memory that
 # the C library keeps: 1,530 MB at the peak of a long load, 1,430 where they are given back at every
-# fourth block, which takes 3 to 10 milliseconds of about a second (270M, eight slots).
+# fourth block. That takes 3 to 10 milliseconds, and to compute four blocks about a second (270M).
 _BLOCKS_PER_RELEASE = 4
 
 
@@ -224,7 +224,9 @@ class Worker:
             return
         place = np.array([action.slot, chunk.start], np.int32)
         block = self._programs.save(self._parameters, self._state, jax.device_put(place))
-        self.prefix.store(keys, block, nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(block)))
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(block))
+        if not self.prefix.store(keys, block, nbytes=nbytes):
+            return
         self._num_saved += 1
         if self._num_saved % _BLOCKS_PER_RELEASE == 0 and jax.default_backend() == "cpu":
             release_freed()

@@ -45,7 +45,8 @@ class ServerSettings(BaseModel):
     )
     prefix_bytes: Number = Field(
         default=64 << 20,
-        description="Memory for beginnings of prompts that may come again; 0 for none.",
+        description="Memory for beginnings of prompts that may come again; 0 for none. The default "
+        "holds 1,792 tokens of Gemma 3 270M in float32, but 128 of 4B: give larger models more.",
     )
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
