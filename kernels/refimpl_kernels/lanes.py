@@ -24,8 +24,15 @@ with `chain`): 0.48 ms for one row, where the chain takes 0.95; for two 0.65 and
 1.36 and 2.39. The head in this form takes 14 to 18 ms for one row, in the chain 13 to 15. What was
 tried and left out: the chain in integers with a scale every two terms (5 % faster, but sums of two
 products); segments of 40 terms (a quarter slower for eight rows, whose weights then leave the
-registers); four streams of weights at once (six times slower, no longer vectors); two rows in a
-complex number, as in `chain` (five times slower).
+registers); two rows in a complex number, as in `chain` (five times slower); each lane as a
+reduction over its terms instead of one written out (eight times slower); memory in huge pages (no
+faster); several streams of weights at once, the outputs of a matrix taken from two to eight places
+in turns (each term transposed by itself: 5 to 13 % faster for one row, 10 % slower for eight;
+transposed as a whole the matrix is copied first, which takes five times as long).
+
+What limits it is that a processor fetches ahead within a page of 4 KB only. The same loop in C, for
+the shape of the head, takes as long as XLA's (15.2 and 15.8 ms); with a prefetch of a page ahead,
+which XLA does not emit, 9.1 to 10.3; reading alone 7.1 to 7.6.
 
 On a GPU XLA's order of a reduction depends on the number of rows, so there the halves are written
 out: on one H200 a row's bits were the same among 1, 2, 8 and 16. A product took 18 to 25
