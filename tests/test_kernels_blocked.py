@@ -35,6 +35,10 @@ ONE_QUERY = {
     "global": GLOBAL[16]._replace(t=1),
     "local 256": LOCAL[256],
     "global 256": GLOBAL[256],
+    # Where blocks are taken by sixteen and by four, and a ring of as many.
+    "local groups": LOCAL[16]._replace(t=1, s=48, lengths=(3, 33, 48, 70, 161), window=40),
+    "global groups": GLOBAL[16]._replace(t=1, s=272, lengths=(127, 128, 0, 129, 271, 168, 33)),
+    "global groups 256": GLOBAL[256]._replace(s=2560, lengths=(2049, 700, 2560)),
 }
 every_head = pytest.mark.parametrize("h", BLOCKS)
 

@@ -18,10 +18,8 @@ Three properties of XLA's CPU backend (jaxlib 0.12) give the code its form. A re
 entries inside of a kernel is unrolled, so that the outputs beside each other become a vector; over
 64 it is not, and takes one output at a time. It does not compute several outputs of a kernel from
 one reading of the weights, except that the two parts of a complex number are computed together: so
-two rows ride in one complex number. And it makes one kernel for one thread of a whole loop, unless
-the loop holds an operation that it has no kernel for, such as a sort: so a loop of large steps
-holds one, and each of its steps runs on all threads. Small steps would wait for the other threads
-longer than they compute: to wake one takes about 50 microseconds.
+two rows ride in one complex number. And it makes one kernel for one thread of a whole loop: so a
+loop of large steps asks for all threads (`on_all_threads`).
 
 Measured (270M, Xeon with AVX-512, 2 threads, vectors of 512 bits): the head of 262,144 outputs
 takes 10 ms for one row and 36 for eight; all matrices of the 18 layers, on one thread, 15 ms and
@@ -36,7 +34,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Shaped
 
-from refimpl_kernels.compiling import LANES, traced_once
+from refimpl_kernels.compiling import LANES, on_all_threads, traced_once
 from refimpl_kernels.matrix import QuantizedMatrix
 
 # Inputs per loop step, the first that divides the inputs and a quantized matrix's block.
@@ -74,7 +72,7 @@ def chain(rows: Float[Array, "r i"], matrix: Array | QuantizedMatrix) -> Float32
     is_large = rows.shape[0] * outputs >= MANY_SUMS
 
     def add(index: Array, packed: Array) -> Array:
-        begin = step * (_through_a_sort(index) if is_large else index)
+        begin = step * (on_all_threads(index) if is_large else index)
         some = [_slice(part, (0, begin), (len(part), step)) for part in wide]
         return _packed([
             _extended(total, x, matrix, begin=begin, outputs=outputs)
@@ -137,7 +135,3 @@ def _packed(parts: list[Float32[Array, "p o"]]) -> Array:
 
 def _unpacked(packed: Array) -> list[Float32[Array, "p o"]]:
     return [lax.real(packed), lax.imag(packed)] if jnp.iscomplexobj(packed) else [packed]
-
-
-def _through_a_sort(index: Int[Array, ""]) -> Int[Array, ""]:
-    return lax.sort(jnp.stack([index, index]))[0]

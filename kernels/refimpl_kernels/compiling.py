@@ -5,7 +5,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.core import Tracer
+from jaxtyping import Int
 
 # Entries in the widest vector of a CPU, in float32. What lies beyond a row's last whole vector is
 # computed by other instructions, which may round a product and its sum twice instead of once, or
@@ -39,6 +42,17 @@ def traced_once[**P, R](*static: str) -> Callable[[Callable[P, R]], Callable[P, 
         return call
 
     return wrap
+
+
+def on_all_threads(index: Int[Array, ""]) -> Int[Array, ""]:
+    """A loop's index, which lets each of the loop's steps run on all of a CPU's threads.
+
+    XLA's CPU backend (jaxlib 0.12) makes one kernel for one thread of a whole loop, unless the loop
+    holds an operation that it has no kernel for: here a sort of the index and itself. Steps must
+    be large: to wake another thread takes about 50 microseconds, to hand it work while it waits for
+    more about 5.
+    """
+    return lax.sort(jnp.stack([index, index]))[0]
 
 
 def row_stable_options(platform: str) -> dict[str, str]:
