@@ -103,7 +103,7 @@ def test_layers_of_one_kind_share_a_program(monkeypatch: pytest.MonkeyPatch) -> 
         f"{phase} {part}": 1
         for phase in ("prefill", "decode")
         for part in ("enter", "local", "global", "leave")
-    }
+    } | {"decode draw": 1}
 
 
 def test_other_weights_of_a_layer_are_a_program_of_their_own(

@@ -31,6 +31,7 @@ class Layered:
         enter: Program,
         layers: Sequence[Program],
         leave: Program,
+        draw: Program | None = None,
     ) -> None:
         """Nothing is compiled yet.
 
@@ -40,9 +41,12 @@ class Layered:
             layers: for each layer, (its parameters, what it holds, `LayerCall`) -> what it holds,
                 stream.
             leave: (parameters beside the layers, state, stream, packed) -> state, result.
+            draw: (nothing, state, the result of `leave`) -> state, result, where there is more to
+                do than the parameters are needed for.
         """
         self._forward, self._layers = forward, layers
         self._enter, self._leave = enter, leave
+        self._drawing = draw and draw.of(())
         self._parameters: Parameters | None = None
 
     def __call__(
@@ -57,6 +61,8 @@ class Layered:
         cache = replace(state.cache, keys=keys, values=values)
         cache, x = self._forward.through_layers(self._through, cache, entered)
         state, result = self._leaving(state, x, packed)
+        if self._drawing is not None:
+            state, result = self._drawing(state, result)
         return _with_held(state, cache.keys, cache.values), result
 
     def _bind(self, parameters: Parameters) -> None:

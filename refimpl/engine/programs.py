@@ -128,7 +128,8 @@ class Programs:
                 dtype=self.gemma.numerics.dtype,
             )
             v = self.gemma.config.vocab_size
-            return DecodeState.create(cache, slots=self.slots, num_logits=v)
+            rows = self.widths[-1] if self.is_layered else 0
+            return DecodeState.create(cache, slots=self.slots, num_logits=v, rows=rows)
 
         # One program: by itself, every array of another shape would be one.
         return jax.jit(create)().release_empty_cache()
@@ -148,10 +149,12 @@ class Programs:
 
     @cached_property
     def decode(self) -> Callable[..., tuple[DecodeState, Array]]:
-        """(parameters, state, [steps, *slots]) -> state, rows "max_steps w STEP_FIELDS"."""
+        """(parameters, state, [steps, *slots]) -> state, rows "max_steps w.. STEP_FIELDS"."""
         steps = self._steps
         if self.is_layered:
-            return self._layered("decode", steps.decode_enter, steps.decode_leave)
+            return self._layered(
+                "decode", steps.decode_enter, steps.decode_leave, draw=steps.draw_each
+            )
         return self._compiled("decode", steps.decode)
 
     @cached_property
@@ -238,6 +241,8 @@ class Programs:
         phase: Literal["prefill", "decode"],
         enter: Callable[..., Any],
         leave: Callable[..., Any],
+        *,
+        draw: Callable[..., Any] | None = None,
     ) -> Layered:
         forward, specs = self._steps.forward(phase), self.gemma.config.layers
         # One program for all layers of a specification, traced as the first of them.
@@ -255,6 +260,7 @@ class Programs:
             enter=self._compiled(f"{phase} enter", enter),
             layers=[layers[spec] for spec in specs],
             leave=self._compiled(f"{phase} leave", leave),
+            draw=draw and self._compiled(f"{phase} draw", _without_parameters(draw)),
         )
 
     def _compiled(

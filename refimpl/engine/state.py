@@ -36,6 +36,8 @@ class DecodeState:
         counts: how often the slot has sampled each id.
         in_prompt: whether an id occurs in the slot's prompt; kept for repetition penalties only.
         bias: added to the logits; read only where `sampling.is_biased`.
+        logits: of a step's rows, on their way from one program to the next; no rows where one
+            program computes the whole step.
     """
 
     cache: KVCache
@@ -50,10 +52,15 @@ class DecodeState:
     counts: Int32[Array, "s v"]
     in_prompt: Bool[Array, "s v"]
     bias: Float32[Array, "s v"]
+    logits: Float32[Array, "r v"]
 
     @classmethod
-    def create(cls, cache: KVCache, *, slots: int, num_logits: int) -> "DecodeState":
-        """A state in which no slot runs."""
+    def create(cls, cache: KVCache, *, slots: int, num_logits: int, rows: int = 0) -> "DecodeState":
+        """A state in which no slot runs.
+
+        Args:
+            rows: of logits that it holds between two programs.
+        """
 
         # An array of its own for each field: one that is donated twice is an error.
         def zeros(dtype: DTypeLike = jnp.int32) -> Array:
@@ -83,6 +90,7 @@ class DecodeState:
             counts=jnp.zeros((slots, num_logits), jnp.int32),
             in_prompt=jnp.zeros((slots, num_logits), bool),
             bias=jnp.zeros((slots, num_logits), jnp.float32),
+            logits=jnp.zeros((rows, num_logits), jnp.float32),
         )
 
     def release_empty_cache(self) -> "DecodeState":

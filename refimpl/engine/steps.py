@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32
+from refimpl_kernels.compiling import on_all_threads
 from refimpl_kernels.logprobs import log_probabilities, top_logprobs
 from refimpl_kernels.penalties import process
 from refimpl_kernels.sampling import draw
@@ -108,8 +109,8 @@ class Steps:
             index, current, filled = carry
             current, entered = self.decode_enter(parameters, current, packed)
             current, x = self._through_layers(parameters, current, entered, phase="decode")
-            current, row = self.decode_leave(parameters, current, x, packed)
-            return index + 1, current, filled.at[index].set(row[0])
+            current, row = self._draw(current, self._logits(parameters, x), packed[1:])
+            return index + 1, current, filled.at[index].set(row)
 
         start = jnp.int32(0), state, rows
         _, state, rows = lax.while_loop(lambda carry: carry[0] < steps, step, start)
@@ -128,14 +129,55 @@ class Steps:
 
     def decode_leave(
         self, parameters: Parameters, state: DecodeState, x: Stream, packed: Int32[Array, " p"]
-    ) -> tuple[DecodeState, Int32[Array, "1 w f"]]:
-        """The part of a step after the layers; gives the rows of this one step."""
-        row, runs = _running(state, packed[1:])
-        position = state.position[row]
+    ) -> tuple[DecodeState, Int32[Array, " r"]]:
+        """The part of a step from the layers to the logits, which it leaves in the state.
+
+        Returns:
+            The state, and the slots for `draw_each`: as many as the state has rows of logits.
+        """
+        logits = self._logits(parameters, x)
+        state = replace(state, logits=lax.dynamic_update_slice(state.logits, logits, (0, 0)))
+        missing = state.logits.shape[0] - logits.shape[0]
+        return state, jnp.pad(packed[1:], (0, missing), constant_values=-1)
+
+    def draw_each(
+        self, state: DecodeState, slots: Int32[Array, " r"]
+    ) -> tuple[DecodeState, Int32[Array, "1 r f"]]:
+        """The part of a step after the logits, row after row; gives the rows of this one step.
+
+        So one program draws whatever the width was, where another for each width would take as long
+        to compile and as much memory; and a row takes the working memory of one.
+
+        Args:
+            slots: of the rows of logits; -1 after the last.
+        """
+        rows = jnp.zeros((1, slots.shape[0], STEP_FIELDS), jnp.int32)
+
+        def step(index: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+            current, filled = carry
+            index = on_all_threads(index)
+            logits = lax.dynamic_slice_in_dim(current.logits, index, 1)
+            slot = lax.dynamic_slice_in_dim(slots, index, 1)
+            current, row = self._draw(current, lax.optimization_barrier(logits), slot)
+            return current, filled.at[0, index].set(row[0])
+
+        # At least one, as a first call with no slots is to leave nothing for a request to do first.
+        count = jnp.maximum(jnp.sum(slots >= 0, dtype=jnp.int32), 1)
+        return lax.fori_loop(0, count, step, (state, rows))
+
+    def _logits(self, parameters: Parameters, x: Stream) -> Float32[Array, "w v"]:
+        """Of the next tokens, from what the last layer gives."""
         forward = self.forward("decode")
         x = forward.leave(parameters, x)
         logits = self.gemma.module(parameters).logits(x, implementations=forward.implementations)
-        logits = logits[:, 0].astype(jnp.float32)
+        return logits[:, 0].astype(jnp.float32)
+
+    def _draw(
+        self, state: DecodeState, logits: Float32[Array, "w v"], slots: Int32[Array, " w"]
+    ) -> tuple[DecodeState, Int32[Array, "w f"]]:
+        """A token for each slot, and what is said of it."""
+        row, runs = _running(state, slots)
+        position = state.position[row]
         token = self._chosen(state, logits, row, position + 1)
         logprob, top = self._logprobs(logits, token, state.wants_top[row] & runs)
         is_finite = jnp.isfinite(logprob)
@@ -152,7 +194,7 @@ class Steps:
             counts=state.counts.at[to, token].add(1, mode="drop"),
         )
         fields = [token, goes_on.astype(jnp.int32), is_finite.astype(jnp.int32), _bits(logprob)]
-        return state, jnp.concatenate([jnp.stack(fields, axis=1), top], axis=1)[None]
+        return state, jnp.concatenate([jnp.stack(fields, axis=1), top], axis=1)
 
     def forward(self, phase: Literal["prefill", "decode"]) -> Forward:
         """The parts of the model's pass."""
