@@ -31,7 +31,7 @@ LinearImplementation = Literal["dot", "chain"]
 
 # Columns that "dot" widens to float32 at once: enough for a full-speed product, little enough that
 # a vocabulary never exists as float32 beside the form it is stored in.
-DOT_TILE = 16384
+DOT_TILE = 4096
 
 
 def linear(
@@ -65,14 +65,17 @@ def _dot(rows: Float[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:
     # matrices of all layers at the beginning, and then they are all in memory at once.
     wide, matrix = jax.lax.optimization_barrier((rows.astype(jnp.float32), matrix))
     outputs = matrix.shape[1]
-    # Not a loop: XLA's CPU backend would run its products on one thread.
-    parts, start = list[Array](), 0
-    while start < outputs:
+    if outputs <= DOT_TILE:
+        return _wide_product(wide, matrix)
+    # Put in its place at once: a concatenation would hold all of it twice. Not a loop: XLA's CPU
+    # backend would run its products on one thread.
+    product = jnp.zeros((len(wide), outputs))
+    for start in range(0, outputs, DOT_TILE):
         length = min(DOT_TILE, outputs - start)
-        parts.append(_wide_product(wide, slice_columns(matrix, start, length)))
-        wide, matrix, _ = jax.lax.optimization_barrier((wide, matrix, parts[-1]))
-        start += length
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        part = _wide_product(wide, slice_columns(matrix, start, length))
+        product = jax.lax.dynamic_update_slice(product, part, (0, start))
+        wide, matrix, product = jax.lax.optimization_barrier((wide, matrix, product))
+    return product
 
 
 def _wide_product(rows: Float32[Array, "r i"], matrix: Matrix) -> Float32[Array, "r o"]:

@@ -71,20 +71,35 @@ def set_bias(
 
 
 def fork(state: DecodeState, packed: Int32[Array, "2"]) -> DecodeState:
-    """Copy what belongs to the prompt, from the first slot to the second."""
+    """Copy what belongs to the prompt, from the first slot to the second.
+
+    Block by block, as far as the prompt goes: what lies beyond takes no memory until it is written.
+    """
     source, target = packed[0], packed[1]
 
     def copied(held: Array) -> Array:
         return _with_row(held, target, lax.dynamic_index_in_dim(held, source, keepdims=False))
 
+    def with_blocks(held: Array, filled: Array) -> Array:
+        sizes = (1, BLOCK, *held.shape[2:])
+
+        def copy(number: Array, held: Array) -> Array:
+            place = number * BLOCK, *[0] * (held.ndim - 2)
+            block = lax.dynamic_slice(held, _indices(source, *place), sizes)
+            return lax.dynamic_update_slice(held, block, _indices(target, *place))
+
+        return lax.fori_loop(0, -(-jnp.minimum(filled, held.shape[1]) // BLOCK), copy, held)
+
     cache = state.cache
+    positions = {kind: copied(held) for kind, held in cache.positions.items()}
+    filled = 1 + jnp.max(jnp.array([jnp.max(held[source]) for held in cache.positions.values()]))
     return replace(
         state,
         cache=replace(
             cache,
-            keys=tuple(map(copied, cache.keys)),
-            values=tuple(map(copied, cache.values)),
-            positions={kind: copied(held) for kind, held in cache.positions.items()},
+            keys=tuple(with_blocks(held, filled) for held in cache.keys),
+            values=tuple(with_blocks(held, filled) for held in cache.values),
+            positions=positions,
         ),
         bias=copied(state.bias),
         in_prompt=copied(state.in_prompt),
