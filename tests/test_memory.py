@@ -71,6 +71,43 @@ def test_zeros_take_no_memory_until_they_are_written() -> None:
     assert int(ended.stdout) > 100e6
 
 
+ARENAS = """
+import ctypes, threading
+from refimpl.engine.memory import share_arenas
+
+share_arenas()
+library = ctypes.CDLL("libc.so.6")
+every = threading.Barrier(16)
+
+def allocate():
+    library.malloc(100)
+    every.wait(60)
+
+threads = [threading.Thread(target=allocate) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+library.fdopen.restype = ctypes.c_void_p
+library.malloc_info(0, ctypes.c_void_p(library.fdopen(1, b"w")))
+library.fflush(None)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+@pytest.mark.parametrize(("variable", "most"), [("NOTHING", 2), ("MALLOC_ARENA_MAX", 5)])
+def test_threads_of_a_server_share_arenas(variable: str, most: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ARENAS],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+        env={**os.environ, variable: "5"},
+    )
+    assert ended.stdout.count("<heap ") == most
+
+
 def test_what_an_engine_gives_back_is_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """All keys and values, when they are new and again when warming up is over."""
     released = list[int]()

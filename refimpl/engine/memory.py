@@ -3,11 +3,16 @@
 import ctypes
 import ctypes.util
 import mmap
+import os
 import sys
 from functools import cache
 from typing import cast
 
 import jax
+
+# M_ARENA_MAX of glibc's malloc.h, for mallopt(3).
+_ARENA_MAX = -8
+_NUM_ARENAS = 2
 
 
 def release_freed() -> None:
@@ -19,6 +24,19 @@ def release_freed() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def share_arenas() -> None:
+    """Have the threads of this process share two of glibc's arenas.
+
+    Left alone, each thread has one of its own, up to eight a core, and what is freed in one is of
+    no use to the others. Measured (270M, 2 cores): to compile everything took 48 s instead of 45
+    and 42 MB less at the peak. It is for a process of ours alone, before its threads begin.
+    `MALLOC_ARENA_MAX` or `GLIBC_TUNABLES` in the environment stand.
+    """
+    library = _glibc()
+    if library is not None and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
+        library.mallopt(_ARENA_MAX, _NUM_ARENAS)
 
 
 def release_zeros(array: jax.Array) -> None:

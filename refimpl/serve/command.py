@@ -84,8 +84,11 @@ def _serve(settings: ServerSettings, plain_keys: str) -> None:
 
     def load(report: Report) -> Loaded:
         # JAX, which takes seconds, while the server answers already.
+        from refimpl.engine.memory import share_arenas
         from refimpl.serve.load import load
 
+        # The process is the server's alone, and the device's threads have not begun.
+        share_arenas()
         return load(settings, report)
 
     keyring = read_keys(settings.api_keys, plain=plain_keys)
