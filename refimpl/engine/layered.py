@@ -1,14 +1,17 @@
-"""Prefill and decode on a CPU as a chain of small programs: one enters, one a layer, one leaves.
+"""Prefill and decode on a CPU as a chain of programs: into the stream, layers, out of it, a draw.
 
 All layers of one specification and one form of weights share a program. So what is compiled, kept
 on disk and read at a start does not grow with the number of layers, nor does the memory that XLA
-takes for it. A call costs the host about 0.1 milliseconds a layer, while the device is still
-computing the layers before.
+takes for it. To draw is most of what there is to compile in decode; its program takes row after
+row, so that all widths share it. A call costs the host about 0.1 milliseconds a layer, while the
+device is still computing the layers before.
 
 Measured (Gemma 3 270M from Q4_K_M, eight slots, Xeon with 2 threads; before is all layers in one
 program): to compile everything 120 s before, 45 s now; to read it back 12 s and 4; resident at the
 peak 1,810 MB and 1,400; first token of a fresh process 7.7 s and 4.5, with weights and imports
-improved, too. A step of one stream 30 ms and 31, of eight 92 and 83.
+improved, too. A step of one stream 30 ms and 31, of eight 92 and 83. One program that draws instead
+of one for each width: all programs 256 MB in memory instead of 318, and a step of eight 65.5 ms
+instead of 63.4 (later, so the numbers before are others).
 """
 
 from collections.abc import Sequence

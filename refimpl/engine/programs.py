@@ -9,7 +9,8 @@
     save, load   a block of one slot's cache out of the state, and into it
     reset        zeros into one slot's cache
 
-On a CPU, prefill and decode are chains of programs, of which one computes a layer (`layered.py`).
+On a CPU, prefill and decode are chains of programs, of which one computes a layer and, in decode,
+one draws the tokens row by row, whatever the width (`layered.py`).
 
 Why a request gets the same bits whatever else runs: a prompt is cut by its own length alone
 (`chunks_of`) and prefilled by itself. In decode each row's numbers come from kernels that treat a
@@ -149,7 +150,10 @@ class Programs:
 
     @cached_property
     def decode(self) -> Callable[..., tuple[DecodeState, Array]]:
-        """(parameters, state, [steps, *slots]) -> state, rows "max_steps w.. STEP_FIELDS"."""
+        """(parameters, state, [steps, *slots]) -> state, rows "max_steps w STEP_FIELDS".
+
+        On a CPU w is the widest, and rows after those of the slots say nothing.
+        """
         steps = self._steps
         if self.is_layered:
             return self._layered(

@@ -19,7 +19,7 @@ class Implementations:
             do not depend on the number of rows.
         attention: "dense" hands out scores and rounds like the bfloat16 references; "blocked"
             takes time linear in what is visible, and its bits do not depend on the cache's length;
-            "rows" is "blocked", but for calls of one query a row as one kernel on a CPU.
+            "rows" is "blocked", but row after row on a CPU, for calls of one query a row.
     """
 
     linear: LinearImplementation = "dot"
