@@ -69,9 +69,11 @@ class FakePrograms(Programs):
     @cached_property
     def fork(self) -> Any:
         def run(_: Any, state: Any, packed: np.ndarray) -> Any:
-            source, to = (int(value) for value in packed)
+            source, to, length = (int(value) for value in packed)
             assert source != to
-            self.filled[to] = self.filled.get(source, 0)
+            # A prompt of one token has nothing prefilled; a slot has what was there before.
+            assert length == 0 or self.filled[source] == length
+            self.filled[to] = length
             return state
 
         return run

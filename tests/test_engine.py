@@ -615,6 +615,22 @@ def test_what_is_not_finite_in_a_prompt_leaves_nothing_behind(desk: Desk, length
         assert bits(desk.complete(request)) == whole
 
 
+def test_what_is_not_finite_after_a_fork_leaves_nothing_behind(desk: Desk) -> None:
+    """It is cancelled before its first token; the next ones in these slots write further on."""
+    desk.worker.prefix.clear()
+    short = request_of(prompt_ids(5, 120), max_tokens=20, seed=1, n=2, ignore_eos=True)
+    whole = bits(desk.complete(short))
+    key = desk.submit(request_of(prompt_ids(4, 140), max_tokens=3, seed=1, n=2))
+    while len(desk.worker._owners) < 2:
+        desk.worker.step()
+    for slot in desk.worker._owners:
+        poison(desk.worker, slot)
+    desk.worker.cancel(key)
+    desk.worker.prefix.clear()
+    for _ in range(9):
+        assert bits(desk.complete(short)) == whole
+
+
 def test_a_score_that_is_not_finite_is_an_error_and_leaves_nothing_behind(desk: Desk) -> None:
     desk.worker.prefix.clear()
     request = request_of(prompt_ids(4, 140), prompt_logprobs=0, max_tokens=0)

@@ -35,7 +35,7 @@ ONE_QUERY = {
     "global": GLOBAL[16]._replace(t=1),
     "local 256": LOCAL[256],
     "global 256": GLOBAL[256],
-    # Where blocks are taken by sixteen and by four, and a ring of as many.
+    # Blocks are taken by sixteen and by four; in a ring of as many, one by one.
     "local groups": LOCAL[16]._replace(t=1, s=48, lengths=(3, 33, 48, 70, 161), window=40),
     "global groups": GLOBAL[16]._replace(t=1, s=272, lengths=(127, 128, 0, 129, 271, 168, 33)),
     "global groups 256": GLOBAL[256]._replace(s=2560, lengths=(2049, 700, 2560)),
@@ -80,10 +80,28 @@ def test_rows_one_after_the_other_keep_their_bits(name: str) -> None:
         assert_same_bits(rows(case, alone), together[row : row + 1])
 
 
+@pytest.mark.parametrize("name", ["global groups", "global groups 256", "local groups"])
+def test_rows_find_their_slots_under_what_was_there_before(name: str) -> None:
+    """In a cache of more slots, and beyond the query what an earlier request left there."""
+    case = ONE_QUERY[name]
+    (query, key, value), positions = jax.tree.map(np.array, case.arrays())
+    slots = [2, 0, 1]
+    taken = query[slots], positions["query_positions"][slots]
+    wanted = attend(case, ((query, key, value), positions), "rows")[slots]
+    for row, length in enumerate(case.lengths):
+        beyond = positions["key_positions"][row] < 0
+        places = np.flatnonzero(beyond)
+        positions["key_positions"][row, beyond] = places + -(-length // case.s) * case.s
+        key[row, beyond], value[row, beyond] = 1e30, -1e30
+    positions |= {"query_positions": taken[1], "rows": np.array(slots, np.int32)}
+    arrays = jax.tree.map(jnp.asarray, ((taken[0], key, value), positions))
+    assert_same_bits(attend(case, arrays, "rows"), wanted)
+
+
 @pytest.mark.parametrize("name", ONE_QUERY)
 def test_rows_one_after_the_other_are_blocked_attention(name: str) -> None:
     case = ONE_QUERY[name]
-    # Sums of up to 512 products of values near 1 in another order.
+    # Sums of up to 2,560 products of values near 1, whose weights sum to 1, in another order.
     np.testing.assert_allclose(attend(case, implementation="rows"), attend(case), atol=3e-6, rtol=0)
 
 

@@ -200,9 +200,9 @@ def test_the_chain_holds_no_wide_copy_of_the_weights(stored_as: str, count: int)
 
 @pytest.mark.parametrize("stored_as", ["bfloat16", "q32-"])
 def test_dot_holds_a_tile_of_the_weights(stored_as: str) -> None:
-    # A tile of weights is held twice: its values times scales, and less the minimums. Its values,
-    # scales and minimums as stored come to less than half of that; sums as in the chain.
+    # A tile of weights is held twice: its values times scales, and less the minimums. The sums are
+    # the result alone, which is not counted here: no other form of them is held.
     tile = 640 * linear_module.DOT_TILE * 4
-    sums = 8 * 262144 * 4
-    found = temporary_bytes(stored_as, implementation="dot", rows=8)
-    assert found <= 3 * tile + 2 * sums
+    sums = 32 * 262144 * 4
+    found = temporary_bytes(stored_as, implementation="dot", rows=32)
+    assert found <= 2 * tile + sums // 8

@@ -199,7 +199,7 @@ def _accumulate(
 
 
 def _tiled(x: Float32[Array, "s k h"]) -> Float32[Array, "t k p h"]:
-    """Tiles of 16 positions, or of a block's where that is less."""
+    """Tiles of p positions: 16, or where that does not divide them, what does of both."""
     tile = math.gcd(len(x), LANES)
     return x.reshape(-1, tile, *x.shape[1:]).swapaxes(1, 2)
 

@@ -44,8 +44,8 @@ class Layered:
             layers: for each layer, (its parameters, what it holds, `LayerCall`) -> what it holds,
                 stream.
             leave: (parameters beside the layers, state, stream, packed) -> state, result.
-            draw: (nothing, state, the result of `leave`) -> state, result, where there is more to
-                do than the parameters are needed for.
+            draw: (nothing, state, the result of `leave`) -> state, result; what is left to do
+                without parameters, if anything.
         """
         self._forward, self._layers = forward, layers
         self._enter, self._leave = enter, leave

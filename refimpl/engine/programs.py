@@ -173,7 +173,7 @@ class Programs:
 
     @cached_property
     def fork(self) -> Callable[..., DecodeState]:
-        """(parameters, state, [from, to]) -> state."""
+        """(parameters, state, [from, to, positions]) -> state."""
         return self._compiled("fork", _without_parameters(on_slots.fork))
 
     @cached_property
@@ -227,7 +227,7 @@ class Programs:
             yield f"prefill {chunk}", partial(run, self.prefill, np.zeros(3 + chunk, np.int32))
         fields = len(ADMISSION_INTEGERS) + len(ADMISSION_FLOATS) + MAX_STOP_IDS
         yield "admit", partial(run, self.admit, np.zeros(fields, np.int32))
-        yield "fork", partial(run, self.fork, np.zeros(2, np.int32))
+        yield "fork", partial(run, self.fork, np.array([0, 0, BLOCK], np.int32))
         slot, v = np.zeros(1, np.int32), self.gemma.config.vocab_size
         yield "bias", partial(run, self.bias, slot, np.zeros(v, np.float32), np.zeros(v, bool))
         yield "save and load", saved_and_loaded

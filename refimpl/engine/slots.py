@@ -70,36 +70,45 @@ def set_bias(
     )
 
 
-def fork(state: DecodeState, packed: Int32[Array, "2"]) -> DecodeState:
-    """Copy what belongs to the prompt, from the first slot to the second.
+def fork(state: DecodeState, packed: Int32[Array, "3"]) -> DecodeState:
+    """Copy what belongs to the prompt, from one slot to another.
 
-    Block by block, as far as the prompt goes: what lies beyond takes no memory until it is written.
+    Block by block, as far as the prompt goes: what lies beyond takes no memory until it is written,
+    and what an earlier request left there no query can see.
+
+    Args:
+        packed: the slot that holds the prompt, the one that is to, and how many of the prompt's
+            positions are in it.
     """
-    source, target = packed[0], packed[1]
+    source, target, filled = packed[0], packed[1], packed[2]
 
     def copied(held: Array) -> Array:
         return _with_row(held, target, lax.dynamic_index_in_dim(held, source, keepdims=False))
 
-    def with_blocks(held: Array, filled: Array) -> Array:
-        sizes = (1, BLOCK, *held.shape[2:])
+    def with_block(held: Array, number: Array) -> Array:
+        place = number * BLOCK, *[0] * (held.ndim - 2)
+        block = lax.dynamic_slice(held, _indices(source, *place), (1, BLOCK, *held.shape[2:]))
+        return lax.dynamic_update_slice(held, block, _indices(target, *place))
 
-        def copy(number: Array, held: Array) -> Array:
-            place = number * BLOCK, *[0] * (held.ndim - 2)
-            block = lax.dynamic_slice(held, _indices(source, *place), sizes)
-            return lax.dynamic_update_slice(held, block, _indices(target, *place))
+    def copy(number: Array, held: list[Array]) -> list[Array]:
+        return [with_block(each, number) for each in held]
 
-        return lax.fori_loop(0, -(-jnp.minimum(filled, held.shape[1]) // BLOCK), copy, held)
-
-    cache = state.cache
-    positions = {kind: copied(held) for kind, held in cache.positions.items()}
-    filled = 1 + jnp.max(jnp.array([jnp.max(held[source]) for held in cache.positions.values()]))
+    cache, num_layers = state.cache, len(state.cache.keys)
+    held = [*cache.keys, *cache.values]
+    # One loop for rings and one for full-length caches.
+    for length in sorted({each.shape[1] for each in held}):
+        places = [place for place, each in enumerate(held) if each.shape[1] == length]
+        count = -(-jnp.minimum(filled, length) // BLOCK)
+        done = lax.fori_loop(0, count, copy, [held[place] for place in places])
+        for place, each in zip(places, done, strict=True):
+            held[place] = each
     return replace(
         state,
         cache=replace(
             cache,
-            keys=tuple(with_blocks(held, filled) for held in cache.keys),
-            values=tuple(with_blocks(held, filled) for held in cache.values),
-            positions=positions,
+            keys=tuple(held[:num_layers]),
+            values=tuple(held[num_layers:]),
+            positions={kind: copied(each) for kind, each in cache.positions.items()},
         ),
         bias=copied(state.bias),
         in_prompt=copied(state.in_prompt),

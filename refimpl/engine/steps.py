@@ -149,7 +149,7 @@ class Steps:
         to compile and as much memory; and a row takes the working memory of one.
 
         Args:
-            slots: of the rows of logits; -1 after the last.
+            slots: of the rows of logits; -1 where there are fewer.
         """
         rows = jnp.zeros((1, slots.shape[0], STEP_FIELDS), jnp.int32)
 
@@ -162,7 +162,8 @@ class Steps:
             return current, filled.at[0, index].set(row[0])
 
         # At least one, as a first call with no slots is to leave nothing for a request to do first.
-        count = jnp.maximum(jnp.sum(slots >= 0, dtype=jnp.int32), 1)
+        number = jnp.arange(1, 1 + slots.shape[0], dtype=jnp.int32)
+        count = jnp.max(jnp.where(slots >= 0, number, 1))
         return lax.fori_loop(0, count, step, (state, rows))
 
     def _logits(self, parameters: Parameters, x: Stream) -> Float32[Array, "w v"]:

@@ -82,6 +82,8 @@ class Worker:
         self._owners = dict[int, tuple[int, int]]()
         # Where the prompts are that are being prefilled.
         self._sources = dict[int, int]()
+        # Slots of which no step was read yet, so that nobody knows whether a number broke.
+        self._unseen = set[int]()
         self._state: DecodeState | None = None
         self._under_way: _Call | None = None
         self._num_saved = 0
@@ -149,10 +151,10 @@ class Worker:
             slot = self.scheduler.cancel(key, choice)
             if slot is not None:
                 del self._owners[slot]
+                self._reset_if_unseen(slot)
         source = self._sources.pop(key, None)
         if source is not None:
-            # Nobody has seen yet whether its numbers are finite, and zero times nan is nan.
-            self._run(self._programs.reset, np.array([source], np.int32))
+            self._reset_if_unseen(source)
         self._emit(key, self._end_all(key, reason))
 
     def step(self) -> bool:
@@ -174,6 +176,12 @@ class Worker:
                 self._read(self._send(action))
         return True
 
+    def _reset_if_unseen(self, slot: int) -> None:
+        # Nobody has seen yet whether its numbers are finite, and zero times nan is nan.
+        if slot in self._unseen:
+            self._unseen.remove(slot)
+            self._run(self._programs.reset, np.array([slot], np.int32))
+
     def _run(
         self, program: Callable[..., DecodeState], *arrays: np.ndarray | Array | Block
     ) -> None:
@@ -187,6 +195,7 @@ class Worker:
         if bias is not None:
             self._run(self._programs.bias, np.array([slot], np.int32), *bias)
         self._sources[action.key] = slot
+        self._unseen.add(slot)
         # Choices that found no slot then are admitted later.
         is_first = action.key not in self._keys
         keys = self.prefix.keys(request.prompt_ids[:-1])
@@ -255,7 +264,9 @@ class Worker:
         # All copies are made before the source goes on and writes over what they need.
         for _, slot in action.choices:
             if slot != action.source:
-                self._run(self._programs.fork, np.array([action.source, slot], np.int32))
+                length = len(session.request.prompt_ids) - 1
+                self._run(self._programs.fork, np.array([action.source, slot, length], np.int32))
+                self._unseen.add(slot)
         for choice, slot in action.choices:
             self._owners[slot] = action.key, choice
             packed = pack_admission(
@@ -288,6 +299,7 @@ class Worker:
         taken = list[int]()
         for place, (slot, owner) in enumerate(call.owners.items()):
             rows = [unpack_step(row) for row in fetched[:, place]]
+            self._unseen.discard(slot)
             if self._owners.get(slot) == owner:
                 taken.append(self._take(slot, rows))
             elif not all(row.is_finite for row in rows):
