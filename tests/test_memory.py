@@ -47,7 +47,7 @@ release_zeros(zeros)
 print(before - resident())
 assert not np.asarray(zeros).any() and np.asarray(beside).all()
 # Less than a page, and next to other arrays.
-small = [jax.block_until_ready(jax.numpy.full(n, n % 2)) for n in range(1, 3000, 7)]
+small = [jax.block_until_ready(jax.numpy.array(np.full(n, n % 2))) for n in range(1, 3000, 7)]
 for number, array in enumerate(small):
     if number % 2:
         release_zeros(array)
