@@ -64,13 +64,16 @@ def attend(
 
 @pytest.mark.parametrize("name", ONE_QUERY)
 def test_rows_one_after_the_other_keep_their_bits(name: str) -> None:
-    """In a ring or a longer cache, alone or among others, over whatever lies out of sight."""
+    """In a longer cache, alone or among others, over whatever lies out of sight."""
     case = ONE_QUERY[name]
     rows = partial(attend, implementation="rows")
     (query, key, value), positions = jax.tree.map(np.array, case.arrays())
     together = rows(case)
     longer = -(-max(case.lengths) // BLOCKS[case.h]) * BLOCKS[case.h] + case.s
-    assert_same_bits(rows(case._replace(s=longer)), together)
+    # A ring that is full is summed in the order of its places, which a longer cache lacks.
+    one_order = [row for row, length in enumerate(case.lengths) if length <= case.s]
+    assert one_order
+    assert_same_bits(rows(case._replace(s=longer))[one_order], together[one_order])
     for row, length in enumerate(case.lengths):
         held = positions["key_positions"][row]
         unseen = held < 0 if case.window is None else (held < 0) | (held < length - case.window)
