@@ -1,7 +1,7 @@
 """Promise: the real Gemma 3 270M, too, gives a request the same bits alone and among others.
 
 Matrices of a tiny model are small enough for code paths that the real ones never take, and the
-other way round; so a few requests are held here in the real sizes, one of them past a window.
+other way round; so a few requests are held here in the real sizes, one of them past a full ring.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from tests.engines import Desk, bits, random_requests
 pytestmark = pytest.mark.timeout(900)
 
 SLOTS = 2
-LENGTHS = (1, 7, 129, 600)
+LENGTHS = (1, 7, 129, 650)
 
 
 @pytest.fixture(scope="module")

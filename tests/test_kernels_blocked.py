@@ -35,7 +35,9 @@ ONE_QUERY = {
     "global": GLOBAL[16]._replace(t=1),
     "local 256": LOCAL[256],
     "global 256": GLOBAL[256],
-    # Blocks are taken by sixteen and by four; in a ring of as many, one by one.
+    # Blocks are taken by sixteen and by four; a full ring at once, also where a window touches more
+    # blocks than it has.
+    "local short ring": LOCAL[16]._replace(t=1, s=16, lengths=(3, 16, 17, 23, 70)),
     "local groups": LOCAL[16]._replace(t=1, s=48, lengths=(3, 33, 48, 70, 161), window=40),
     "global groups": GLOBAL[16]._replace(t=1, s=272, lengths=(127, 128, 0, 129, 271, 168, 33)),
     "global groups 256": GLOBAL[256]._replace(s=2560, lengths=(2049, 700, 2560)),

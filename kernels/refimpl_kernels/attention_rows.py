@@ -123,20 +123,25 @@ class _Seen(NamedTuple):
     window: int | None
     block: int
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the cache has room for."""
+        return self.key.shape[1] // self.block
+
     def groups(self) -> Iterator[tuple[int, Int[Array, " b"], Int[Array, " b"]]]:
         """How many blocks are taken at a time, from which block on, and how often, for each row."""
         begin, _ = block_range(self.position[:, None], window=self.window, block=self.block)
         # A row of padding has position -1 and no block at all.
         left = self.position // self.block + 1 - begin
-        in_all = self.key.shape[1] // self.block
         if self.window is None:
             for size in GROUPS:
-                if size <= in_all:
+                if size <= self.num_blocks:
                     yield size, begin, left // size
                     begin, left = begin + left // size * size, left % size
-        elif in_all == -(-(self.window - 1) // self.block) + 1:
+        elif self.num_blocks <= -(-(self.window - 1) // self.block) + 1:
+            # A ring, of no more blocks than a window can touch.
             is_full = self.position >= self.key.shape[1]
-            yield in_all, begin, is_full.astype(jnp.int32)
+            yield self.num_blocks, begin, is_full.astype(jnp.int32)
             left = jnp.where(is_full, 0, left)
         yield 1, begin, left
 
@@ -147,14 +152,18 @@ class _Seen(NamedTuple):
             for array in (self.key, self.value, self.key_positions)
         ]
         distance, number = self.position[i] - held, held // self.block - begin
-        # A ring place may still hold an older block, which had its turn under its own number.
-        mask = (distance >= 0) & (number >= 0) & (number < count)
-        return key, value, mask if self.window is None else mask & (distance < self.window)
+        mask = (distance >= 0) & (number >= 0)
+        if self.window is not None:
+            mask &= distance < self.window
+        if count < self.num_blocks:
+            # A ring place may still hold an older block, which had its turn under its own number.
+            mask &= number < count
+        return key, value, mask
 
     def _taken(self, array: Array, row: Array, begin: Array, count: int) -> Array:
-        in_all = array.shape[1] // self.block
         # A whole ring is taken from its first place on, whichever block lies there.
-        place = begin % in_all * self.block if count < in_all else jnp.zeros_like(row)
+        is_whole = count == self.num_blocks
+        place = jnp.zeros_like(row) if is_whole else begin % self.num_blocks * self.block
         start = (row, place, *[jnp.zeros_like(row)] * (array.ndim - 2))
         sizes = (1, count * self.block, *array.shape[2:])
         return lax.dynamic_slice(array, start, sizes, allow_negative_indices=False)[0]
