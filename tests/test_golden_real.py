@@ -65,6 +65,22 @@ def test_greedy_continuations(engine: Engine, golden: dict[str, np.ndarray], nam
     assert golden[f"greedy.{name}.margins"].min() > 10 * BOUND
 
 
+@pytest.mark.parametrize("length", [641, 1300, 2100, 2888])
+def test_a_step_behind_a_long_prompt(
+    engine: Engine, golden: dict[str, np.ndarray], length: int
+) -> None:
+    """What decode computes where rings are full and a full-length cache is taken by groups.
+
+    The last id of a prompt is decode's; the one allowed id is drawn, whatever its probability is.
+    """
+    ids = golden["long.ids"][: length + 1].tolist()
+    params = SamplingParams(max_tokens=1, allowed_token_ids=ids[-1:], logprobs=0)
+    [choice] = engine.complete(ids[:-1], params).choices
+    assert choice.token_ids == (ids[-1],)
+    assert choice.logprobs is not None
+    assert abs(choice.logprobs[0].logprob - golden["long.logprobs"][length - 1]) < BOUND
+
+
 def test_weights_stay_as_the_file_stores_them(gemma: Gemma) -> None:
     """Integers and scales, about 1.13 bytes a parameter; no float32 copy of a matrix."""
     table = gemma.parameters["embedder"]["table"]["weight"]
