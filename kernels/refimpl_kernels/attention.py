@@ -6,7 +6,8 @@ memory a key lies.
 
     dense    all scores at once. Can round as the bfloat16 references do, and can hand out scores.
     blocked  running softmax (arXiv 1805.02867) over fixed blocks of positions; float32 only.
-    rows     the same for one query a row, one row after the other; see `attention_rows.py`.
+    rows     the same for one query a row, one row after the other and blocks in groups; see
+             `attention_rows.py`.
 
 Why fixed blocks: a sum over s depends in its last bits on how it is split. "blocked" splits by
 absolute position (block j holds positions j*block .. j*block + block - 1), visits the blocks in
