@@ -2,7 +2,7 @@
 
 A row's bits must be those it has alone in a full-length cache: in a ring, in a longer cache, beside
 rows that are longer or empty, over whatever old keys lie where it may not look. With one query a
-row, both forms are held to it.
+row, both forms are held to it; only a ring that is full is summed in another order by "rows".
 """
 
 import inspect
@@ -36,8 +36,9 @@ ONE_QUERY = {
     "local 256": LOCAL[256],
     "global 256": GLOBAL[256],
     # Blocks are taken by sixteen and by four; a full ring at once, also where a window touches more
-    # blocks than it has.
+    # blocks than it has, but not where it touches fewer.
     "local short ring": LOCAL[16]._replace(t=1, s=16, lengths=(3, 16, 17, 23, 70)),
+    "local wide ring": LOCAL[16]._replace(t=1, s=40, lengths=(3, 40, 41, 70, 161)),
     "local groups": LOCAL[16]._replace(t=1, s=48, lengths=(3, 33, 48, 70, 161), window=40),
     "global groups": GLOBAL[16]._replace(t=1, s=272, lengths=(127, 128, 0, 129, 271, 168, 33)),
     "global groups 256": GLOBAL[256]._replace(s=2560, lengths=(2049, 700, 2560)),
@@ -72,8 +73,10 @@ def test_rows_one_after_the_other_keep_their_bits(name: str) -> None:
     (query, key, value), positions = jax.tree.map(np.array, case.arrays())
     together = rows(case)
     longer = -(-max(case.lengths) // BLOCKS[case.h]) * BLOCKS[case.h] + case.s
-    # A ring that is full is summed in the order of its places, which a longer cache lacks.
-    one_order = [row for row, length in enumerate(case.lengths) if length <= case.s]
+    # A ring that is full, and no wider than a window, is summed in the order of its places.
+    block = BLOCKS[case.h]
+    is_wide = case.window is None or case.s // block > -(-(case.window - 1) // block) + 1
+    one_order = [row for row, length in enumerate(case.lengths) if is_wide or length <= case.s]
     assert one_order
     assert_same_bits(rows(case._replace(s=longer))[one_order], together[one_order])
     for row, length in enumerate(case.lengths):
