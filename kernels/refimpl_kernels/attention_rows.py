@@ -154,8 +154,8 @@ class _Seen(NamedTuple):
             for array in (self.key, self.value, self.key_positions)
         ]
         distance, number = self.position[i] - held, held // self.block - begin
-        # A place that holds nothing has position -1, before every block. It is also all that a whole
-        # ring needs of the loop's index, which must be needed to put the loop on all threads.
+        # A place that holds nothing has position -1, before every block. To know that is also all
+        # that a whole ring needs the loop's index for, without which it would run on one thread.
         mask = (distance >= 0) & (number >= 0)
         return key, value, mask if self.window is None else mask & (distance < self.window)
 
